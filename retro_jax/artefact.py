@@ -1,0 +1,227 @@
+"""Folders of data with a manifest: built once, resumed when killed, refused when their inputs changed.
+
+An artefact is a folder with ``manifest.json``: kind, format version, the settings that made it, the fingerprints of its
+inputs, a summary (counts), and size and SHA-256 of every file. It is built beside its place, in ``<name>.partial``, and
+renamed when whole, so that a folder with a manifest is always complete.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from retro_jax.errors import UserError
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+PLAN = "plan.json"
+BLOCKS = "blocks"
+# Larger files are checked by size alone when an artefact is opened, and by checksum on request.
+CHECKSUM_ON_OPEN_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Artefact:
+    """A complete artefact on disk."""
+
+    path: Path
+    manifest: Mapping
+
+    @property
+    def fingerprint(self) -> str:
+        """What other artefacts record when they are built from this one."""
+        return self.manifest["fingerprint"]
+
+    @property
+    def settings(self) -> Mapping:
+        """The settings that made it."""
+        return self.manifest["settings"]
+
+    @property
+    def summary(self) -> Mapping:
+        """Counts and facts that the stage recorded."""
+        return self.manifest["summary"]
+
+    def array(self, name: str) -> np.ndarray:
+        """The array stored as ``<name>.npy``, memory-mapped and read-only."""
+        return np.load(self.path / f"{name}.npy", mmap_mode="r")
+
+
+def build_artefact(
+    path: Path,
+    *,
+    kind: str,
+    settings: Mapping,
+    inputs: Mapping[str, str],
+    make: Callable[[Path], Mapping],
+) -> Artefact:
+    """Open the artefact at ``path``, or build it.
+
+    Args:
+        path: its folder.
+        kind: what it is ("tokens", "neighbours"); the name of its stage.
+        settings: JSON values that decide its content.
+        inputs: fingerprints of what it is made from.
+        make: called with a folder that may hold blocks of an earlier, killed run; writes the artefact's files there and
+            returns the summary. Files in its ``blocks`` subfolder are dropped when it returns.
+
+    Raises:
+        UserError: it stands there with other settings or inputs, or the disk is full.
+    """
+    path = Path(path)
+    plan = {"kind": kind, "format_version": FORMAT_VERSION, "settings": _plain(settings), "inputs": dict(inputs)}
+    if (path / MANIFEST).exists():
+        artefact = open_artefact(path, kind)
+        _refuse_other(path, plan, artefact.manifest)
+        return artefact
+    partial = path.with_name(path.name + ".partial")
+    partial.mkdir(parents=True, exist_ok=True)
+    with _locked(path), _disk_full_told(path):
+        if (path / MANIFEST).exists():  # another process finished it while this one waited for the lock
+            return build_artefact(path, kind=kind, settings=settings, inputs=inputs, make=make)
+        if (partial / PLAN).exists():
+            _refuse_other(path, plan, json.loads((partial / PLAN).read_text()))
+        else:
+            write_text(partial / PLAN, json.dumps(plan, indent=2, sort_keys=True))
+        summary = make(partial)
+        shutil.rmtree(partial / BLOCKS, ignore_errors=True)
+        (partial / PLAN).unlink()
+        manifest = {**plan, "summary": _plain(summary), "files": _file_facts(partial)}
+        manifest["fingerprint"] = _digest_json({k: v for k, v in manifest.items() if k != "summary"})
+        write_text(partial / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+        partial.rename(path)
+    return Artefact(path, manifest)
+
+
+def open_artefact(path: Path, kind: str, *, checksums: str = "small") -> Artefact:
+    """Open a complete artefact after checking its kind, version, file sizes and checksums ("small": of files up to 256 MiB,
+    "all": of every file).
+
+    Raises:
+        UserError: it is missing, of another kind or version, truncated or corrupted.
+    """
+    path = Path(path)
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} is not there or not finished; run `python -m retro_jax prepare` with the same config first") from None
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        raise UserError(f"{path / MANIFEST} is corrupted; {_rebuild_hint(path)}") from None
+    if manifest.get("kind") != kind:
+        raise UserError(f"{path} holds {manifest.get('kind')!r}, not {kind!r}; check the folder given")
+    if manifest.get("format_version") != FORMAT_VERSION:
+        raise UserError(
+            f"{path} has format version {manifest.get('format_version')}, this program reads {FORMAT_VERSION}; {_rebuild_hint(path)}"
+        )
+    for name, facts in manifest["files"].items():
+        _check_file(path, name, facts, checksums)
+    return Artefact(path, manifest)
+
+
+def remove_artefact(path: Path) -> None:
+    """Delete an artefact and what a killed build of it left."""
+    shutil.rmtree(path, ignore_errors=True)
+    shutil.rmtree(path.with_name(path.name + ".partial"), ignore_errors=True)
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write a file so that it is whole or not there."""
+    temporary = path.with_name(path.name + f".tmp{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def write_text(path: Path, text: str) -> None:
+    """:func:`write_bytes` of UTF-8 text."""
+    write_bytes(path, text.encode())
+
+
+def _plain(value: Mapping) -> dict:
+    return json.loads(json.dumps(value, default=lambda x: x.item() if isinstance(x, np.generic) else str(x)))
+
+
+def _digest_json(value: Mapping) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+@functools.lru_cache(maxsize=4096)
+def _digest_file(path: Path, size: int, mtime_ns: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _file_facts(folder: Path) -> dict:
+    facts = {}
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        stat = path.stat()
+        facts[str(path.relative_to(folder))] = {"bytes": stat.st_size, "sha256": _digest_file(path, stat.st_size, stat.st_mtime_ns)}
+    return facts
+
+
+def _check_file(folder: Path, name: str, facts: Mapping, checksums: str) -> None:
+    path = folder / name
+    if not path.exists():
+        raise UserError(f"{path} is missing; {_rebuild_hint(folder)}")
+    stat = path.stat()
+    if stat.st_size != facts["bytes"]:
+        raise UserError(f"{path} has {stat.st_size} bytes instead of {facts['bytes']} (truncated?); {_rebuild_hint(folder)}")
+    if checksums == "all" or stat.st_size <= CHECKSUM_ON_OPEN_BYTES:
+        if _digest_file(path, stat.st_size, stat.st_mtime_ns) != facts["sha256"]:
+            raise UserError(f"{path} is corrupted (its checksum is not the manifest's); {_rebuild_hint(folder)}")
+
+
+def _rebuild_hint(path: Path) -> str:
+    return f"rebuild it with `python -m retro_jax prepare --config FILE --rebuild {path.name}`"
+
+
+def _refuse_other(path: Path, wanted: Mapping, found: Mapping) -> None:
+    for part in ("kind", "format_version"):
+        if found.get(part) != wanted[part]:
+            raise UserError(f"{path} has {part} {found.get(part)!r}, but {wanted[part]!r} is wanted; {_rebuild_hint(path)}")
+    for part, noun in (("settings", "setting"), ("inputs", "input")):
+        have, want = found[part], wanted[part]
+        for name in sorted(have.keys() | want.keys()):
+            if have.get(name) != want.get(name):
+                raise UserError(
+                    f"{path} was built with {noun} {name}={have.get(name)!r}, now {name}={want.get(name)!r} is asked for; "
+                    f"use another --workdir, or {_rebuild_hint(path)}"
+                )
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    with open(path.with_name(path.name + ".partial") / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another process is building {path}; wait for it, or use another --workdir") from None
+        Path(lock.name).unlink()
+        yield
+
+
+@contextmanager
+def _disk_full_told(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise UserError(f"the disk is full while building {path}; free some space and run again, finished blocks are kept") from error
+        raise
