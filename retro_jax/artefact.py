@@ -88,8 +88,6 @@ def build_artefact(
     partial = path.with_name(path.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
     with _locked(path), _disk_full_told(path):
-        if (path / MANIFEST).exists():  # another process finished it while this one waited for the lock
-            return build_artefact(path, kind=kind, settings=settings, inputs=inputs, make=make)
         if (partial / PLAN).exists():
             _refuse_other(path, plan, json.loads((partial / PLAN).read_text()))
         else:
@@ -208,13 +206,14 @@ def _refuse_other(path: Path, wanted: Mapping, found: Mapping) -> None:
 
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    with open(path.with_name(path.name + ".partial") / ".lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another process is building {path}; wait for it, or use another --workdir") from None
-        Path(lock.name).unlink()
+    folder = os.open(path.with_name(path.name + ".partial"), os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
+    except BlockingIOError:
+        raise UserError(f"another process is building {path}; wait for it, or use another --workdir") from None
+    finally:
+        os.close(folder)
 
 
 @contextmanager
