@@ -1,0 +1,1 @@
+"""Chunks and their neighbours -> batches: training rows, held-out windows, and the pipeline that reads them."""
