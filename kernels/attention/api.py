@@ -1,0 +1,50 @@
+"""Masked softmax attention: checks and choice of implementation."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+
+from retro_jax.kernels.attention import reference, xla
+
+Implementation = Literal["reference", "xla"]
+IMPLEMENTATIONS = {"reference": reference.attention, "xla": xla.attention}
+
+
+def attention(
+    q_XQNH: jax.Array,
+    k_XSGH: jax.Array,
+    v_XSGH: jax.Array,
+    mask_XQS: jax.Array | None = None,
+    null_logit_N: jax.Array | None = None,
+    *,
+    dropout: float = 0.0,
+    dropout_key: jax.Array | None = None,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    """softmax(q k^T / sqrt(H) + mask) v for each of X independent problems; accumulation is float32.
+
+    Args:
+        q_XQNH: queries, Q a problem, N heads.
+        k_XSGH, v_XSGH: keys and values, S a problem, G heads; N is a multiple of G (grouped-query attention).
+        mask_XQS: bool, True where a query may see a key; its query axis may be 1; None: all may.
+        null_logit_N: a learned logit a head for attending to nothing (a key whose value is zero).
+        dropout, dropout_key: dropout on the attention weights; the key is needed when the share is above 0.
+        implementation: None takes "xla".
+
+    Returns:
+        [X, Q, N, H] in q's dtype. A query that may see no key gets 0 and zero gradient.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    (X, Q, N, H), (Xk, S, G, Hk) = q_XQNH.shape, k_XSGH.shape
+    if (X, H) != (Xk, Hk) or k_XSGH.shape != v_XSGH.shape or N % G:
+        raise ValueError(f"attention: q {q_XQNH.shape}, k {k_XSGH.shape}, v {v_XSGH.shape} do not fit [X,Q,N,H], [X,S,G,H], N % G == 0")
+    if mask_XQS is not None and mask_XQS.shape not in ((X, Q, S), (X, 1, S)):
+        raise ValueError(f"attention: mask {mask_XQS.shape} is neither {(X, Q, S)} nor {(X, 1, S)}")
+    if dropout > 0.0 and dropout_key is None:
+        raise ValueError(f"attention: dropout={dropout} needs a dropout_key")
+    run = IMPLEMENTATIONS[implementation or "xla"]
+    return run(q_XQNH, k_XSGH, v_XSGH, mask_XQS, null_logit_N, dropout=dropout, dropout_key=dropout_key)

@@ -1,0 +1,43 @@
+"""Masked softmax attention in plain float32 (or wider) JAX: what the other implementations are held against."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+
+def attention(
+    q_XQNH: jax.Array,
+    k_XSGH: jax.Array,
+    v_XSGH: jax.Array,
+    mask_XQS: jax.Array | None,
+    null_logit_N: jax.Array | None,
+    *,
+    dropout: float = 0.0,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
+    """See :func:`retro_jax.kernels.attention.attention`."""
+    wide = jnp.promote_types(q_XQNH.dtype, jnp.float32)
+    N, H, G = q_XQNH.shape[2], q_XQNH.shape[3], k_XSGH.shape[2]
+    q = q_XQNH.astype(wide)
+    k = jnp.repeat(k_XSGH.astype(wide), N // G, axis=2)
+    v = jnp.repeat(v_XSGH.astype(wide), N // G, axis=2)
+    scores_XNQS = jnp.einsum("xqnh,xsnh->xnqs", q, k, precision="highest") / H**0.5
+    if mask_XQS is None:
+        mask_XQS = jnp.ones((1, 1, 1), bool)
+    mask_XNQS = jnp.broadcast_to(mask_XQS[:, None], scores_XNQS.shape)
+    scores_XNQS = jnp.where(mask_XNQS, scores_XNQS, -jnp.inf)
+    peak = scores_XNQS.max(-1, keepdims=True)
+    if null_logit_N is not None:
+        null_XNQ1 = jnp.broadcast_to(null_logit_N.astype(wide)[None, :, None, None], peak.shape)
+        peak = jnp.maximum(peak, null_XNQ1)
+    peak = jax.lax.stop_gradient(jnp.where(jnp.isfinite(peak), peak, 0.0))
+    weights = jnp.where(mask_XNQS, jnp.exp(scores_XNQS - peak), 0.0)
+    total = weights.sum(-1, keepdims=True)
+    if null_logit_N is not None:
+        total = total + jnp.exp(null_XNQ1 - peak)
+    weights = weights / jnp.where(total > 0.0, total, 1.0)
+    if dropout > 0.0:
+        keep = jax.random.bernoulli(dropout_key, 1.0 - dropout, weights.shape)
+        weights = jnp.where(keep, weights / (1.0 - dropout), 0.0)
+    return jnp.einsum("xnqs,xsnh->xqnh", weights, v, precision="highest").astype(q_XQNH.dtype)

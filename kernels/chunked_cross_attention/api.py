@@ -1,0 +1,68 @@
+"""Chunked cross-attention: checks and choice of implementation."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+
+from retro_jax.kernels.chunked_cross_attention import reference, xla
+
+Implementation = Literal["reference", "xla"]
+IMPLEMENTATIONS = {"reference": reference.chunked_cross_attention, "xla": xla.chunked_cross_attention}
+
+
+def chunked_cross_attention(
+    q_BTNH: jax.Array,
+    k_BLSGH: jax.Array,
+    v_BLSGH: jax.Array,
+    key_mask_BLS: jax.Array,
+    null_logit_N: jax.Array | None = None,
+    *,
+    chunk_len: int,
+    first_chunk_len_B: jax.Array | None = None,
+    dropout: float = 0.0,
+    dropout_key: jax.Array | None = None,
+    implementation: Implementation | None = None,
+) -> jax.Array:
+    """Attention of each token to the neighbours of the chunk that ended last at or before it (RETRO, section 2.4).
+
+    With f the row's first chunk length and C the chunk length, token i reads chunk floor((i - f + 1) / C), and nothing
+    if i < f - 1.
+
+    Args:
+        q_BTNH: one query a token.
+        k_BLSGH, v_BLSGH: keys and values of the L chunks' neighbours, S = K * R a chunk, G key/value heads.
+        key_mask_BLS: bool, False for padding and absent neighbours.
+        null_logit_N: a learned logit a head for attending to nothing.
+        chunk_len: C.
+        first_chunk_len_B: int32 in 1..C; None: C in every row, and T = L * C.
+        dropout, dropout_key: dropout on the attention weights.
+        implementation: None takes "xla".
+
+    Returns:
+        [B, T, N, H] in q's dtype; 0 with zero gradient for a token that reads no chunk, or a chunk without a valid key.
+
+    Raises:
+        ValueError: shapes that do not fit.
+    """
+    (B, T, N, H), (Bk, L, S, G, Hk) = q_BTNH.shape, k_BLSGH.shape
+    if (B, H) != (Bk, Hk) or k_BLSGH.shape != v_BLSGH.shape or N % G or key_mask_BLS.shape != (B, L, S):
+        raise ValueError(
+            f"chunked_cross_attention: q {q_BTNH.shape}, k {k_BLSGH.shape}, v {v_BLSGH.shape}, mask {key_mask_BLS.shape} "
+            "do not fit [B,T,N,H], [B,L,S,G,H], [B,L,S], N % G == 0"
+        )
+    if first_chunk_len_B is None and T != L * chunk_len:
+        raise ValueError(f"chunked_cross_attention: {T} tokens are not {L} chunks of {chunk_len}; give first_chunk_len_B")
+    run = IMPLEMENTATIONS[implementation or "xla"]
+    return run(
+        q_BTNH,
+        k_BLSGH,
+        v_BLSGH,
+        key_mask_BLS,
+        null_logit_N,
+        chunk_len=chunk_len,
+        first_chunk_len_B=first_chunk_len_B,
+        dropout=dropout,
+        dropout_key=dropout_key,
+    )

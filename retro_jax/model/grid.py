@@ -1,0 +1,71 @@
+"""The chunk grid of a row: which chunk a token lies in, and which chunk's neighbours it reads.
+
+With f the row's first chunk length and C the chunk length, chunk 0 is the first f tokens and every later chunk C tokens. Token i
+reads the neighbours of chunk floor((i - f + 1) / C): a chunk's last token and the next C - 1 tokens read that chunk's.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from retro_jax.kernels.chunked_cross_attention.xla import to_readers
+
+
+def trailing_first_chunk_len(num_tokens: int, chunk_len: int) -> int:
+    """First chunk length that makes the last chunk end at the row's end (Megatron's rule; RETRO's left padding without pads)."""
+    return (num_tokens - 1) % chunk_len + 1
+
+
+def reads(
+    segments_BT: jax.Array,
+    chunk_valid_BL: jax.Array,
+    *,
+    chunk_len: int,
+    first_chunk_len_B: jax.Array | None,
+    cross_document: bool,
+) -> jax.Array:
+    """Which tokens read neighbours at all, bool [B, T].
+
+    A token reads if a chunk of its own document ended at or before it in this row (with ``cross_document``: of any document),
+    and that chunk has a valid neighbour.
+
+    Args:
+        segments_BT: document number in the row, 0 for padding.
+        chunk_valid_BL: whether a chunk has any valid neighbour token.
+    """
+    B, T = segments_BT.shape
+    L = chunk_valid_BL.shape[1]
+    first_B = jnp.full((B,), chunk_len) if first_chunk_len_B is None else first_chunk_len_B
+    chunk_BT = (jnp.arange(T)[None, :] - first_B[:, None] + 1) // chunk_len
+    inside = (chunk_BT >= 0) & (chunk_BT < L)
+    chunk_BT = jnp.clip(chunk_BT, 0, L - 1)
+    readable = inside & jnp.take_along_axis(chunk_valid_BL, chunk_BT, axis=1) & (segments_BT > 0)
+    if cross_document:
+        return readable
+    last_BT = jnp.clip(first_B[:, None] - 1 + chunk_BT * chunk_len, 0, T - 1)
+    return readable & (jnp.take_along_axis(segments_BT, last_BT, axis=1) == segments_BT)
+
+
+def in_chunks(x_BTD: jax.Array, num_chunks: int, chunk_len: int, first_chunk_len_B: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """A row cut into its chunks, [B, L, C, D] with zeros after a short first chunk, and a bool [B, L, C] of the true tokens."""
+    B, T, D = x_BTD.shape
+    if first_chunk_len_B is None:
+        return x_BTD.reshape(B, num_chunks, chunk_len, D), jnp.ones((B, num_chunks, chunk_len), bool)
+    # Chunk u >= 1 begins at f + (u - 1) C, so chunk 0 lies at places 0..f-1 of a row that to_readers would start at f - 1.
+    first = first_chunk_len_B[:, None]
+    place = jnp.arange(num_chunks * chunk_len)[None, :]
+    token = jnp.where(place < chunk_len, place, place - chunk_len + first)
+    valid = (token < T) & ((place >= chunk_len) | (place < first))
+    moved = jnp.take_along_axis(x_BTD, jnp.clip(token, 0, T - 1)[:, :, None], axis=1)
+    moved = jnp.where(valid[:, :, None], moved, jnp.zeros_like(moved))
+    return moved.reshape(B, num_chunks, chunk_len, D), valid.reshape(B, num_chunks, chunk_len)
+
+
+def reader_positions(chunk_len: int) -> jax.Array:
+    """Rotary positions of a chunk's C readers relative to its neighbours' first token, int [C]: the chunk's last token stands
+    beside the neighbour's last chunk token (RETRO's relative distance i - i' + C - 1)."""
+    return jnp.arange(chunk_len) + chunk_len - 1
+
+
+__all__ = ["in_chunks", "reader_positions", "reads", "to_readers", "trailing_first_chunk_len"]
