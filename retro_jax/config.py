@@ -223,10 +223,12 @@ class RetroConfig:
 
     ``cca_layers`` is 1-based; None: ``range(6 if num_layers <= 15 else 9, num_layers + 1, 3)``, the published rule.
     ``gate``: a fixed factor on the CCA output (0: nothing of the retrieval path is computed), or "learned" (one scalar a
-    layer, from 1). ``cca_init``: "copy" starts with query = key projection and output = inverse of the value projection, so
-    that attention to a matching token predicts it. ``key_conv_width``: keys mix a token with its predecessors in the
-    neighbour (depthwise causal convolution; 1: none). ``neighbour_dropout``: share of chunks whose neighbours are hidden in
-    training. ``cross_document``: CCA may read neighbours of the previous document in the row (Megatron).
+    layer, from 1). ``conv_width``: queries and keys of CCA mix a token with its predecessors (depthwise causal convolution;
+    1: none). ``cca_init``: "copy" starts with query = key projection, keys that carry the previous token where there is a
+    convolution, and output = ``copy_strength`` times the inverse of the value projection, so that attention to a matching
+    token predicts its successor. ``null_key``: a learned logit a head for attending to nothing. ``neighbour_dropout``: share
+    of chunks whose neighbours are hidden in training. ``cross_document``: CCA may read neighbours of the previous document
+    in the row (Megatron).
     """
 
     chunks: ChunkConfig = field(default_factory=ChunkConfig)
@@ -234,7 +236,8 @@ class RetroConfig:
     cca_layers: tuple[int, ...] | None = None
     cca_positions: Literal["rotary", "none"] = "rotary"
     cca_init: Literal["standard", "copy"] = "standard"
-    key_conv_width: int = 1
+    copy_strength: float = 1.0
+    conv_width: int = 1
     null_key: bool = False
     gate: float | Literal["learned"] = 1.0
     neighbour_dropout: float = 0.0
@@ -243,7 +246,7 @@ class RetroConfig:
     def __post_init__(self) -> None:
         _check_choice(self, "cca_positions", ("rotary", "none"))
         _check_choice(self, "cca_init", ("standard", "copy"))
-        _check_positive(self, "key_conv_width")
+        _check_positive(self, "conv_width", "copy_strength")
         _check_fraction(self, "neighbour_dropout")
         _check(not isinstance(self.gate, str) or self.gate == "learned", f"RetroConfig.gate={self.gate!r} is neither a number nor 'learned'")
         if self.cca_layers is not None:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from retro_jax.kernels.chunked_cross_attention.xla import to_readers
-
 
 def trailing_first_chunk_len(num_tokens: int, chunk_len: int) -> int:
     """First chunk length that makes the last chunk end at the row's end (Megatron's rule; RETRO's left padding without pads)."""
@@ -52,7 +50,6 @@ def in_chunks(x_BTD: jax.Array, num_chunks: int, chunk_len: int, first_chunk_len
     B, T, D = x_BTD.shape
     if first_chunk_len_B is None:
         return x_BTD.reshape(B, num_chunks, chunk_len, D), jnp.ones((B, num_chunks, chunk_len), bool)
-    # Chunk u >= 1 begins at f + (u - 1) C, so chunk 0 lies at places 0..f-1 of a row that to_readers would start at f - 1.
     first = first_chunk_len_B[:, None]
     place = jnp.arange(num_chunks * chunk_len)[None, :]
     token = jnp.where(place < chunk_len, place, place - chunk_len + first)
@@ -62,10 +59,11 @@ def in_chunks(x_BTD: jax.Array, num_chunks: int, chunk_len: int, first_chunk_len
     return moved.reshape(B, num_chunks, chunk_len, D), valid.reshape(B, num_chunks, chunk_len)
 
 
-def reader_positions(chunk_len: int) -> jax.Array:
-    """Rotary positions of a chunk's C readers relative to its neighbours' first token, int [C]: the chunk's last token stands
-    beside the neighbour's last chunk token (RETRO's relative distance i - i' + C - 1)."""
-    return jnp.arange(chunk_len) + chunk_len - 1
+def reader_positions(length: int, chunk_len: int, first_chunk_len_B: jax.Array | None) -> jax.Array:
+    """Rotary position of each token relative to the first token of the neighbours that it reads, int [B or 1, T].
 
-
-__all__ = ["in_chunks", "reader_positions", "reads", "to_readers", "trailing_first_chunk_len"]
+    A chunk's last token stands beside the neighbour's C-th token, the next chunk's tokens beside the continuation (RETRO's
+    relative distance i - i' + C - 1).
+    """
+    first_B = jnp.full((1,), chunk_len) if first_chunk_len_B is None else first_chunk_len_B
+    return (jnp.arange(length)[None, :] - first_B[:, None] + 1) % chunk_len + chunk_len - 1

@@ -1,0 +1,122 @@
+"""Decoder layers, and their stack: depth is scanned by repeating groups, so that compile time does not grow with it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+from flax import nnx
+
+from retro_jax.config import ModelConfig
+from retro_jax.model.attention import BlockShape, FeedForward, SelfAttention
+from retro_jax.model.cca import ChunkedCrossAttention, Neighbours
+from retro_jax.model.encoder import encoder_shape
+from retro_jax.model.layers import NormLayer, split_key
+
+
+class Row(NamedTuple):
+    """What every decoder layer reads beside the residual stream."""
+
+    mask_BTT: jax.Array
+    positions_BT: jax.Array
+
+
+class DecoderLayer(nnx.Module):
+    """Self-attention, with ``cca`` chunked cross-attention, feed-forward; pre-norm throughout."""
+
+    def __init__(self, config: ModelConfig, *, cca: bool, key: jax.Array) -> None:
+        shape = BlockShape.of_decoder(config)
+        keys = jax.random.split(key, 6)
+        self.norm_attention = NormLayer(config.norm, config.width, config.norm_eps, key=keys[0])
+        self.attention = SelfAttention(shape, key=keys[1])
+        self.norm_cca = self.cca = None
+        if cca:
+            self.norm_cca = NormLayer(config.norm, config.width, config.norm_eps, key=keys[2])
+            self.cca = ChunkedCrossAttention(config, encoder_shape(config).width, key=keys[3])
+        self.norm_ffn = NormLayer(config.norm, config.width, config.norm_eps, key=keys[4])
+        self.ffn = FeedForward(shape, key=keys[5])
+
+    def attend(self, x_BTD: jax.Array, row: Row, key: jax.Array | None) -> jax.Array:
+        """The residual stream after self-attention."""
+        return x_BTD + self.attention(self.norm_attention(x_BTD), row.mask_BTT, row.positions_BT, key)
+
+    def finish(self, x_BTD: jax.Array, neighbours: Neighbours | None, keys: list[jax.Array | None]) -> jax.Array:
+        """The residual stream after CCA, where the layer has it and there are neighbours, and feed-forward."""
+        if self.cca is not None and self.norm_cca is not None and neighbours is not None:
+            x_BTD = x_BTD + self.cca(self.norm_cca(x_BTD), neighbours, keys[0])
+        return x_BTD + self.ffn(self.norm_ffn(x_BTD), keys[1])
+
+    def __call__(self, x_BTD: jax.Array, row: Row, neighbours: Neighbours | None, key: jax.Array | None) -> jax.Array:
+        keys = split_key(key, 3)
+        return self.finish(self.attend(x_BTD, row, keys[0]), neighbours, keys[1:])
+
+
+class Group(nnx.Module):
+    """Consecutive layers that repeat together: ``pattern`` says which of them have CCA."""
+
+    def __init__(self, config: ModelConfig, pattern: tuple[bool, ...], *, key: jax.Array) -> None:
+        keys = jax.random.split(key, len(pattern))
+        self.layers = nnx.List(DecoderLayer(config, cca=cca, key=k) for cca, k in zip(pattern, keys, strict=True))
+
+    def __call__(self, x_BTD: jax.Array, row: Row, neighbours: Neighbours | None, key: jax.Array | None) -> jax.Array:
+        for layer, layer_key in zip(self.layers, split_key(key, len(self.layers)), strict=True):
+            x_BTD = layer(x_BTD, row, neighbours, layer_key)
+        return x_BTD
+
+
+class Stack(nnx.Module):
+    """``count`` groups of one pattern; every parameter carries a leading dim of that size."""
+
+    def __init__(self, config: ModelConfig, pattern: tuple[bool, ...], count: int, *, key: jax.Array) -> None:
+        keys = jax.random.split(key, count)
+        graph = nnx.split(nnx.eval_shape(lambda: Group(config, pattern, key=key)))[0]
+        self.group = nnx.merge(graph, jax.vmap(lambda k: nnx.split(Group(config, pattern, key=k))[1])(keys))
+        self.count = count
+
+    def __call__(self, x_BTD: jax.Array, row: Row, neighbours: Neighbours | None, key: jax.Array | None) -> jax.Array:
+        graph, state = nnx.split(self.group)
+        keys = None if key is None else jax.random.split(key, self.count)
+
+        def body(x: jax.Array, group: tuple[nnx.State, jax.Array | None]) -> tuple[jax.Array, None]:
+            return nnx.merge(graph, group[0])(x, row, neighbours, group[1]), None
+
+        return jax.lax.scan(body, x_BTD, (state, keys))[0]
+
+
+def runs(num_layers: int, cca_layers: tuple[int, ...]) -> list[tuple[tuple[bool, ...], int]]:
+    """Cut the layers into (pattern, count) runs: those before the first CCA layer, that layer alone (it also runs the encoder),
+    then the shortest pattern that repeats, and what is left over.
+
+    >>> runs(12, (6, 9, 12))
+    [((False,), 5), ((True,), 1), ((False, False, True), 2)]
+    """
+    kinds = tuple(i in cca_layers for i in range(1, num_layers + 1))
+    first = kinds.index(True) if any(kinds) else num_layers
+    cut: list[tuple[tuple[bool, ...], int]] = [((False,), first)] if first else []
+    if first == num_layers:
+        return cut
+    cut.append(((True,), 1))
+    rest = kinds[first + 1 :]
+    if not rest:
+        return cut
+
+    def bodies(period: int) -> int:
+        count = 1
+        while rest[count * period : (count + 1) * period] == rest[:period]:
+            count += 1
+        return count
+
+    period = min(range(1, len(rest) + 1), key=lambda p: (p + len(rest) - p * bodies(p), p))
+    count = bodies(period)
+    cut.append((rest[:period], count))
+    if left := rest[period * count :]:
+        cut.append((left, 1))
+    return cut
+
+
+def key_for(key: jax.Array | None, number: int) -> jax.Array | None:
+    """The dropout key of part ``number`` of the model."""
+    return None if key is None else jax.random.fold_in(key, number)
+
+
+

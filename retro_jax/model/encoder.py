@@ -1,0 +1,127 @@
+"""The neighbour encoder: bidirectional layers over each neighbour, conditioned once on the decoder's chunk (RETRO, section 2.3)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from retro_jax.config import EncoderConfig, ModelConfig
+from retro_jax.model.attention import BlockShape, CrossAttention, FeedForward, SelfAttention
+from retro_jax.model.layers import Embedding, NormLayer, dropout, normal, split_key
+
+
+def encoder_shape(config: ModelConfig) -> BlockShape:
+    """The shape of the encoder's layers: the decoder's, where EncoderConfig does not say otherwise."""
+    assert config.retro is not None
+    encoder, decoder = config.retro.encoder, BlockShape.of_decoder(config)
+    width, heads = encoder.width or decoder.width, encoder.num_heads or decoder.num_heads
+    own_heads = encoder.width is not None or encoder.num_heads is not None
+    if own_heads and width % heads:
+        raise ValueError(f"EncoderConfig.width={width} is not divisible by num_heads={heads}")
+    return dataclasses.replace(
+        decoder,
+        width=width,
+        num_heads=heads,
+        kv_heads=heads if own_heads else decoder.kv_heads,
+        head_dim=width // heads if own_heads else decoder.head_dim,
+        ffn_dim=encoder.ffn_dim or (4 * width if encoder.width else decoder.ffn_dim),
+        positions=encoder.positions,
+        dropout=encoder.dropout,
+        attention_dropout=encoder.attention_dropout,
+    )
+
+
+class EncoderLayer(nnx.Module):
+    """Self-attention within a neighbour, with ``conditioned`` cross-attention to the chunk that asks, feed-forward."""
+
+    def __init__(self, config: ModelConfig, encoder: EncoderConfig, *, conditioned: bool, key: jax.Array) -> None:
+        shape = encoder_shape(config)
+        keys = jax.random.split(key, 6)
+        self.cross_residual = encoder.cross_residual
+        self.norm_attention = NormLayer(config.norm, shape.width, config.norm_eps, key=keys[0])
+        self.attention = SelfAttention(shape, key=keys[1])
+        self.norm_cross = self.cross = None
+        if conditioned:
+            self.norm_cross = NormLayer(config.norm, shape.width, config.norm_eps, key=keys[2])
+            self.cross = CrossAttention(shape, config.width, attention_dropout=config.attention_dropout, key=keys[3])
+        self.norm_ffn = NormLayer(config.norm, shape.width, config.norm_eps, key=keys[4])
+        self.ffn = FeedForward(shape, key=keys[5])
+
+    def __call__(
+        self,
+        e_XRD: jax.Array,
+        mask_X1R: jax.Array | None,
+        positions_1R: jax.Array,
+        chunks_YCD: jax.Array,
+        chunk_mask_Y1C: jax.Array | None,
+        key: jax.Array | None,
+    ) -> jax.Array:
+        keys = split_key(key, 3)
+        e_XRD = e_XRD + self.attention(self.norm_attention(e_XRD), mask_X1R, positions_1R, keys[0])
+        if self.cross is not None and self.norm_cross is not None:
+            X, R, D = e_XRD.shape
+            Y = chunks_YCD.shape[0]
+            y_XRD = self.norm_cross(e_XRD)
+            # The K neighbours of a chunk share its states: their tokens are the queries of one problem.
+            read = self.cross(y_XRD.reshape(Y, X // Y * R, D), chunks_YCD, chunk_mask_Y1C, keys[1])
+            e_XRD = (y_XRD if self.cross_residual == "normed" else e_XRD) + read.reshape(X, R, D)
+        return e_XRD + self.ffn(self.norm_ffn(e_XRD), keys[2])
+
+
+class NeighbourEncoder(nnx.Module):
+    """Encodes every neighbour [R tokens] of every chunk, given the decoder's states of that chunk."""
+
+    def __init__(self, config: ModelConfig, *, key: jax.Array) -> None:
+        assert config.retro is not None
+        encoder = config.retro.encoder
+        shape = encoder_shape(config)
+        keys = jax.random.split(key, encoder.num_layers + 3)
+        self.config = encoder
+        self.embedding = self.position = None
+        if encoder.embedding == "own":
+            assert config.vocab_size is not None
+            self.embedding = Embedding("vocab width", config.vocab_size, shape.width, init=normal(config.init_std), key=keys[0])
+        if encoder.positions == "learned" and (encoder.embedding == "own" or config.positions != "learned"):
+            length = config.retro.chunks.retrieved_len
+            self.position = Embedding("position width", length, shape.width, init=normal(config.init_std), key=keys[1])
+        self.layers = nnx.List(
+            EncoderLayer(config, encoder, conditioned=encoder.conditioning == "decoder" and i == 0, key=keys[i + 3])
+            for i in range(encoder.num_layers)
+        )
+        self.final_norm = NormLayer(config.norm, shape.width, config.norm_eps, key=keys[2]) if encoder.final_norm else None
+
+    def __call__(
+        self,
+        embedded_BLKRD: jax.Array,
+        mask_BLKR: jax.Array,
+        chunks_BLCD: jax.Array,
+        chunk_mask_BLC: jax.Array,
+        key: jax.Array | None,
+    ) -> jax.Array:
+        """Encode embedded neighbours, [B, L, K, R, D] to the same shape.
+
+        Args:
+            mask_BLKR: valid neighbour tokens.
+            chunks_BLCD: the decoder's normed states at the first CCA layer, chunk by chunk.
+            chunk_mask_BLC: valid tokens of a chunk.
+        """
+        B, L, K, R, D = embedded_BLKRD.shape
+        C = chunks_BLCD.shape[2]
+        keys = split_key(key, len(self.layers) + 1)
+        positions_1R = jnp.arange(R)[None, :]
+        e = embedded_BLKRD.reshape(B * L * K, R, D)
+        if self.position is not None:
+            e = e + self.position(positions_1R)
+        e = dropout(e, self.config.dropout, keys[0])
+        masked = self.config.padding == "masked"
+        mask = mask_BLKR.reshape(B * L * K, 1, R) if masked else None
+        chunks = chunks_BLCD.reshape(B * L, C, chunks_BLCD.shape[-1])
+        chunk_mask = chunk_mask_BLC.reshape(B * L, 1, C) if masked else None
+        for layer, layer_key in zip(self.layers, keys[1:], strict=True):
+            e = layer(e, mask, positions_1R, chunks, chunk_mask, layer_key)
+        if self.final_norm is not None:
+            e = self.final_norm(e)
+        return e.reshape(B, L, K, R, D)
