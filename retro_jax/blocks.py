@@ -102,7 +102,7 @@ def _run_in_processes(
     if not first:
         return
     spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(min(workers, len(first)), mp_context=spawn, initializer=_die_with, initargs=(os.getpid(),)) as pool:
+    with ProcessPoolExecutor(min(workers, len(first)), mp_context=spawn, initializer=die_with, initargs=(os.getpid(),)) as pool:
         try:
             running = {pool.submit(_compute_block, blocks, n, compute, task) for n, task in first}
             while running:
@@ -121,7 +121,7 @@ def _run_in_processes(
             raise
 
 
-def _die_with(parent: int) -> None:
+def die_with(parent: int) -> None:
     """End this worker when its parent is gone: a killed run must leave no process behind."""
 
     def watch() -> None:
