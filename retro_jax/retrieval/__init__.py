@@ -1,0 +1,1 @@
+"""From chunks to neighbours: embedders, indexes, search, neighbour tables, overlap."""
