@@ -67,17 +67,23 @@ def block_arrays(folder: Path, number: int) -> dict[str, np.ndarray]:
     return {name: np.load(folder / BLOCKS / f"{number:07d}.{name}.npy") for name in names}
 
 
-def concatenate_blocks(folder: Path, count: int, name: str, path: Path) -> np.ndarray:
-    """Write the concatenation of the blocks' arrays ``name`` to ``path`` (.npy), a block at a time, and return it mapped."""
-    parts = [np.load(folder / BLOCKS / f"{number:07d}.{name}.npy", mmap_mode="r") for number in range(count)]
-    if not parts:
+def concatenate_blocks(folder: Path, count: int, name: str, path: Path, *, first: int = 0) -> np.ndarray:
+    """Write the concatenation of the arrays ``name`` of ``count`` blocks, from block ``first`` on, to ``path`` (.npy), a block
+    at a time, and return it mapped."""
+    if count < 1:
         raise ValueError(f"no blocks to concatenate in {folder}")
-    rows = sum(len(part) for part in parts)
-    whole = np.lib.format.open_memmap(path, mode="w+", dtype=parts[0].dtype, shape=(rows, *parts[0].shape[1:]))
+
+    def part(number: int) -> np.ndarray:
+        return np.load(folder / BLOCKS / f"{number:07d}.{name}.npy", mmap_mode="r")
+
+    rows = sum(len(part(number)) for number in range(first, first + count))
+    like = part(first)
+    whole = np.lib.format.open_memmap(path, mode="w+", dtype=like.dtype, shape=(rows, *like.shape[1:]))
     at = 0
-    for part in parts:
-        whole[at : at + len(part)] = part
-        at += len(part)
+    for number in range(first, first + count):
+        rows_here = part(number)
+        whole[at : at + len(rows_here)] = rows_here
+        at += len(rows_here)
     whole.flush()
     return np.load(path, mmap_mode="r")
 
