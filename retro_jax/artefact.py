@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from retro_jax.errors import UserError
+from retro_jax.errors import BadInput, UserError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -92,7 +92,11 @@ def build_artefact(
             _refuse_other(path, plan, json.loads((partial / PLAN).read_text()))
         else:
             write_text(partial / PLAN, json.dumps(plan, indent=2, sort_keys=True))
-        summary = make(partial)
+        try:
+            summary = make(partial)
+        except BadInput:
+            shutil.rmtree(partial)
+            raise
         shutil.rmtree(partial / BLOCKS, ignore_errors=True)
         (partial / PLAN).unlink()
         manifest = {**plan, "summary": _plain(summary), "files": _file_facts(partial)}
