@@ -1,0 +1,158 @@
+"""The training pipeline: shuffled, mixed, repeated rows, read ahead in threads or processes, continued bit-equal.
+
+The order of rows depends on the seed, the weights and the batch size alone: not on hosts, workers or how often it was
+stopped. Row numbers are batched first and every host gathers its own share of a batch, all chunks of it at once.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import grain
+import numpy as np
+from absl import flags
+
+from retro_jax.blocks import die_with
+from retro_jax.config import DataConfig
+from retro_jax.data.batch import Batch
+from retro_jax.data.reader import RowReader
+from retro_jax.data.training_rows import TrainingRows
+from retro_jax.errors import UserError
+
+THREADS = 2
+
+BatchAndIds = tuple[Batch, np.ndarray]
+
+
+class TrainingBatches(grain.DatasetIterator[BatchAndIds]):
+    """Endless batches: (Batch of NumPy arrays with this host's rows, chunk ids int64 [B, L]).
+
+    A grain iterator, so that ``grain.checkpoint.CheckpointSave(batches)`` stores it and ``CheckpointRestore`` continues it.
+    Its state is the number of the next batch: the same on every host and for every number of workers.
+    """
+
+    def __init__(self, batches: grain.MapDataset[BatchAndIds], config: DataConfig, *, num_rows: int) -> None:
+        super().__init__()
+        self._batches, self._config = batches, config
+        self._order = {"seed": config.seed, "batch_size": config.batch_size, "seq_len": config.seq_len, "rows": num_rows}
+        self._next_batch = 0
+        self._ahead: grain.DatasetIterator[BatchAndIds] | None = None
+
+    def __next__(self) -> BatchAndIds:
+        if self._ahead is None:
+            self._ahead = iter(self._read_ahead())
+        element = next(self._ahead)
+        self._next_batch += 1
+        return element
+
+    def get_state(self) -> dict:
+        """The number of the next batch, and what decides the order of rows."""
+        return {"next_batch": self._next_batch, **self._order}
+
+    def set_state(self, state: dict) -> None:
+        """Continue at a stored state.
+
+        Raises:
+            UserError: the state belongs to rows in another order.
+        """
+        for name, value in self._order.items():
+            if state[name] != value:
+                raise UserError(
+                    f"the checkpoint was trained on batches with {name}={state[name]}, now {name}={value} is asked for; "
+                    "use the old value, or another --workdir"
+                )
+        self.close()
+        self._next_batch = state["next_batch"]
+
+    def start_prefetch(self) -> None:
+        """Begin to read before the first batch is asked for."""
+        if self._ahead is None:
+            self._ahead = iter(self._read_ahead())
+        self._ahead.start_prefetch()
+
+    def close(self) -> None:
+        """Stop reading ahead and end the worker processes. The next batch starts them again."""
+        if self._ahead is not None:
+            self._ahead.close()
+            self._ahead = None
+
+    def _read_ahead(self) -> grain.IterDataset[BatchAndIds]:
+        batches = self._batches[self._next_batch :]
+        workers, prefetch = self._config.workers, self._config.prefetch
+        if workers == 0:
+            return batches.to_iter_dataset(grain.ReadOptions(num_threads=min(THREADS, prefetch), prefetch_buffer_size=prefetch))
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()  # grain's processes read absl flags, which only absl.app parses
+        in_worker = batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=-(-prefetch // workers))
+        return in_worker.mp_prefetch(options, worker_init_fn=functools.partial(_start_worker, os.getpid()))
+
+
+def training_batches(
+    rows: TrainingRows,
+    reader: RowReader,
+    config: DataConfig,
+    *,
+    weights: Sequence[float] | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> TrainingBatches:
+    """Batches of ``config.batch_size`` rows over all hosts; each host gets its contiguous share of them.
+
+    Args:
+        rows: the rows of an epoch.
+        reader: the train split's tables; without neighbours it gives a plain GPT the identical rows.
+        config: seed, batch size, workers and prefetch.
+        weights: each source's share of rows; None: every row once an epoch. Rows are reshuffled each epoch.
+        process_index: this host.
+        process_count: number of hosts.
+
+    Raises:
+        UserError: the batch cannot be divided among the hosts.
+    """
+    if config.batch_size % process_count:
+        raise UserError(
+            f"DataConfig.batch_size={config.batch_size} is not a multiple of the {process_count} hosts; "
+            f"use {max(1, config.batch_size // process_count) * process_count}"
+        )
+    share = config.batch_size // process_count
+    local = slice(process_index * share, (process_index + 1) * share)
+    batches = row_numbers(rows, config.seed, weights).batch(config.batch_size).map(_Read(rows, reader, local))
+    return TrainingBatches(batches, config, num_rows=len(rows))
+
+
+def row_numbers(rows: TrainingRows, seed: int, weights: Sequence[float] | None) -> grain.MapDataset[int]:
+    """Row numbers without end, in the order of training."""
+    if weights is None:
+        return grain.MapDataset.range(len(rows)).shuffle(seed=_shuffle_seed(seed, 0)).repeat()
+    bounds = rows.source_rows.tolist()
+    sources = [
+        grain.MapDataset.range(first, last).shuffle(seed=_shuffle_seed(seed, number)).repeat()
+        for number, (first, last) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))
+    ]
+    return grain.MapDataset.mix(sources, weights=weights)
+
+
+@dataclass(frozen=True)
+class _Read:
+    """From the row numbers of a global batch to this host's batch."""
+
+    rows: TrainingRows
+    reader: RowReader
+    local: slice
+
+    def __call__(self, rows_B: np.ndarray) -> BatchAndIds:
+        chunk_ids_BL = self.rows.chunk_ids(rows_B[self.local])
+        return self.reader.read(chunk_ids_BL), chunk_ids_BL
+
+
+def _shuffle_seed(seed: int, source: int) -> int:
+    """grain takes the seed of epoch e as this plus e: spread, so that sources and seeds do not repeat each other's orders."""
+    return int(np.random.SeedSequence([seed, source]).generate_state(1)[0])
+
+
+def _start_worker(parent: int, worker: int, workers: int) -> None:
+    die_with(parent)

@@ -1,0 +1,53 @@
+"""Reads rows with the neighbours that stand in the neighbour table, another chunk's, or none."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from retro_jax.config import ChunkConfig
+from retro_jax.data.rows import read_rows, segments_of
+
+if TYPE_CHECKING:
+    from retro_jax.corpus.chunk_table import ChunkTable
+    from retro_jax.data.batch import Batch
+    from retro_jax.retrieval.neighbour_table import NeighbourTable
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowReader:
+    """The tables behind the rows of one split.
+
+    ``queries`` holds the rows' chunks, ``database`` the train split's, which all neighbours come from. ``neighbours`` None
+    reads rows without (K = 0), for a plain GPT. ``donors`` int64 [chunks]: whose neighbours each chunk gets; None: its own;
+    -1: none (masked).
+    """
+
+    queries: ChunkTable
+    database: ChunkTable
+    neighbours: NeighbourTable | None
+    chunks: ChunkConfig
+    max_overlap: float | None = None
+    donors: np.ndarray | None = None
+
+    def read(self, chunk_ids_BL: np.ndarray, segments_BL: np.ndarray | None = None, scored_BL: np.ndarray | None = None) -> Batch:
+        """One batch; see :func:`retro_jax.data.rows.read_rows`. ``segments_BL`` None: runs of one document."""
+        return read_rows(
+            chunk_ids_BL,
+            segments_of(chunk_ids_BL, self.queries.document_N) if segments_BL is None else segments_BL,
+            self._neighbour_ids(chunk_ids_BL),
+            queries=self.queries,
+            database=self.database,
+            retrieved_len=self.chunks.retrieved_len,
+            scored_BL=scored_BL,
+        )
+
+    def _neighbour_ids(self, chunk_ids_BL: np.ndarray) -> np.ndarray:
+        if self.neighbours is None:
+            return np.zeros((*chunk_ids_BL.shape, 0), np.int64)
+        if self.donors is not None:
+            chunk_ids_BL = np.where(chunk_ids_BL < 0, -1, self.donors[np.maximum(chunk_ids_BL, 0)])
+        filters = {} if self.max_overlap is None else {"max_overlap": self.max_overlap}
+        return self.neighbours.select(chunk_ids_BL, self.chunks.num_neighbours, **filters)
