@@ -29,10 +29,8 @@ class DecoderLayer(nnx.Module):
         keys = jax.random.split(key, 6)
         self.norm_attention = NormLayer(config.norm, config.width, config.norm_eps, key=keys[0])
         self.attention = SelfAttention(shape, key=keys[1])
-        self.norm_cca = self.cca = None
-        if cca:
-            self.norm_cca = NormLayer(config.norm, config.width, config.norm_eps, key=keys[2])
-            self.cca = ChunkedCrossAttention(config, encoder_shape(config).width, key=keys[3])
+        self.norm_cca = NormLayer(config.norm, config.width, config.norm_eps, key=keys[2]) if cca else None
+        self.cca = ChunkedCrossAttention(config, encoder_shape(config).width, key=keys[3]) if cca else None
         self.norm_ffn = NormLayer(config.norm, config.width, config.norm_eps, key=keys[4])
         self.ffn = FeedForward(shape, key=keys[5])
 

@@ -43,10 +43,9 @@ class EncoderLayer(nnx.Module):
         self.cross_residual = encoder.cross_residual
         self.norm_attention = NormLayer(config.norm, shape.width, config.norm_eps, key=keys[0])
         self.attention = SelfAttention(shape, key=keys[1])
-        self.norm_cross = self.cross = None
-        if conditioned:
-            self.norm_cross = NormLayer(config.norm, shape.width, config.norm_eps, key=keys[2])
-            self.cross = CrossAttention(shape, config.width, attention_dropout=config.attention_dropout, key=keys[3])
+        self.norm_cross = NormLayer(config.norm, shape.width, config.norm_eps, key=keys[2]) if conditioned else None
+        cross_dropout = config.attention_dropout  # Megatron: the decoder's, not the encoder's
+        self.cross = CrossAttention(shape, config.width, attention_dropout=cross_dropout, key=keys[3]) if conditioned else None
         self.norm_ffn = NormLayer(config.norm, shape.width, config.norm_eps, key=keys[4])
         self.ffn = FeedForward(shape, key=keys[5])
 
@@ -80,13 +79,12 @@ class NeighbourEncoder(nnx.Module):
         shape = encoder_shape(config)
         keys = jax.random.split(key, encoder.num_layers + 3)
         self.config = encoder
-        self.embedding = self.position = None
-        if encoder.embedding == "own":
-            assert config.vocab_size is not None
-            self.embedding = Embedding("vocab width", config.vocab_size, shape.width, init=normal(config.init_std), key=keys[0])
-        if encoder.positions == "learned" and (encoder.embedding == "own" or config.positions != "learned"):
-            length = config.retro.chunks.retrieved_len
-            self.position = Embedding("position width", length, shape.width, init=normal(config.init_std), key=keys[1])
+        init, length = normal(config.init_std), config.retro.chunks.retrieved_len
+        own = encoder.embedding == "own"
+        own_positions = encoder.positions == "learned" and (own or config.positions != "learned")
+        assert config.vocab_size is not None
+        self.embedding = Embedding("vocab width", config.vocab_size, shape.width, init=init, key=keys[0]) if own else None
+        self.position = Embedding("position width", length, shape.width, init=init, key=keys[1]) if own_positions else None
         self.layers = nnx.List(
             EncoderLayer(config, encoder, conditioned=encoder.conditioning == "decoder" and i == 0, key=keys[i + 3])
             for i in range(encoder.num_layers)

@@ -33,19 +33,16 @@ class Retro(nnx.Module):
             raise ValueError("ModelConfig.vocab_size is None; set it, or take the tokenizer's with retro_jax.model.with_vocab")
         keys = jax.random.split(key, 6)
         self.config = config
-        init = normal(config.init_std)
-        self.embedding = Embedding("vocab width", config.vocab_size, config.width, init=init, key=keys[0])
-        self.position = None
-        if config.positions == "learned":
-            self.position = Embedding("position width", config.max_positions, config.width, init=init, key=keys[1])
+        init, V, D = normal(config.init_std), config.vocab_size, config.width
+        learned = config.positions == "learned"
+        self.embedding = Embedding("vocab width", V, D, init=init, key=keys[0])
+        self.position = Embedding("position width", config.max_positions, D, init=init, key=keys[1]) if learned else None
         parts = runs(config.num_layers, config.cca_layers)
         part_keys = jax.random.split(keys[2], len(parts))
         self.decoder = nnx.List(Stack(config, pattern, count, key=k) for (pattern, count), k in zip(parts, part_keys, strict=True))
         self.encoder = NeighbourEncoder(config, key=keys[3]) if config.retro is not None else None
         self.final_norm = NormLayer(config.norm, config.width, config.norm_eps, key=keys[4]) if config.final_norm else None
-        self.output = None
-        if not config.tied_embedding:
-            self.output = Embedding("vocab width", config.vocab_size, config.width, init=init, key=keys[5])
+        self.output = None if config.tied_embedding else Embedding("vocab width", V, D, init=init, key=keys[5])
 
     def __call__(self, batch: Batch, *, retrieval: bool = True, dropout_key: jax.Array | None = None) -> jax.Array:
         """Hidden states [B, T, D] from which the next token is predicted: logits = hidden @ output_table.T.
