@@ -222,7 +222,7 @@ def _statements(text: str, origin: Path | _Place) -> Iterator[Any]:
 
 def _binding(statement: BindingStatement, place: _Place) -> _Binding:
     if statement.scope:
-        raise UserError(f"{place} sets {statement.selector}.{statement.arg_name} in scope {statement.scope}; scopes are not used here")
+        raise UserError(f"{place} sets {statement.selector}.{statement.arg_name} in a scope; scopes are not used here")
     if not statement.arg_name:
         return _Binding(place, "", statement.selector, statement.value)
     binding = _Binding(place, statement.selector, statement.arg_name, statement.value)

@@ -193,7 +193,7 @@ def test_gpt_from_a_retro_file(write: Write) -> None:
         ("ModelConfig.retro = None\nEncoderConfig.num_layers = 1", 2, r"EncoderConfig.num_layers is not used"),
         ("a/ModelConfig.width = 96", 1, r"scopes are not used"),
         ("import os", 1, r"imports a module"),
-        ("ModelConfig.width = 96\ninclude 'x.gin'", 2, r"move the include to the top"),
+        ("ModelConfig.width = 96\ninclude 'x.gin'", 2, r"move it to the top"),
         ("include 'nowhere.gin'", 1, r"nowhere.gin is not there; beside it there are run.gin"),
         ("ModelConfig.norm = rmsnorm", 1, r"rmsnorm is not a value; strings are quoted"),
         ("ModelConfig.width = ", 1, r"cannot be read"),
