@@ -7,6 +7,7 @@ stopped. Row numbers are batched first and every host gathers its own share of a
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -131,7 +132,7 @@ def row_numbers(rows: TrainingRows, seed: int, weights: Sequence[float] | None) 
     bounds = rows.source_rows.tolist()
     sources = [
         grain.MapDataset.range(first, last).shuffle(seed=_shuffle_seed(seed, number)).repeat()
-        for number, (first, last) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))
+        for number, (first, last) in enumerate(itertools.pairwise(bounds))
     ]
     return grain.MapDataset.mix(sources, weights=weights)
 
