@@ -138,14 +138,18 @@ class RetrievalConfig:
     """How neighbours are found: an embedder, an index, and how many are kept.
 
     ``tfidf``: hashed 1-to-``max_ngram``-gram TF-IDF of ``features`` columns, searched exactly. ``lsa``: its projection on
-    ``lsa_dim`` dimensions, searched by faiss with ``index_factory`` ("auto" chooses by size).
+    ``lsa_dim`` dimensions, learned from ``lsa_train_chunks`` random training chunks and searched by faiss with
+    ``index_factory`` (any faiss factory string; "auto" chooses by size), trained on ``index_train_chunks`` random ones.
+    ``index_search``: faiss search parameters such as "nprobe=64" or "efSearch=128"; "auto" chooses by the index.
     """
 
     embedder: Literal["tfidf", "lsa"] = "tfidf"
     features: int = 2**20
     max_ngram: int = 2
     lsa_dim: int = 256
+    lsa_train_chunks: int = 100_000
     index_factory: str = "auto"
+    index_search: str = "auto"
     index_train_chunks: int = 1_000_000
     saved: int = 20
     block_chunks: int = 4096
@@ -154,7 +158,8 @@ class RetrievalConfig:
 
     def __post_init__(self) -> None:
         _check_choice(self, "embedder", ("tfidf", "lsa"))
-        _check_positive(self, "features", "max_ngram", "lsa_dim", "index_train_chunks", "saved", "block_chunks", "workers")
+        _check_positive(self, "features", "max_ngram", "lsa_dim", "lsa_train_chunks", "index_train_chunks", "saved", "block_chunks", "workers")
+        _check(self.features < 2**31, f"RetrievalConfig.features={self.features} must be below 2**31")
 
 
 @dataclass(frozen=True, kw_only=True)
