@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import multiprocessing
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -59,6 +60,16 @@ def run_blocks(
         else:
             _run_in_processes(blocks, compute, missing(), workers, bar.advance)
     return counted
+
+
+def keep_blocks_of(folder: Path, size: int) -> None:
+    """Drop the blocks that a killed run left with another block size: they are cut elsewhere. Call it before
+    :func:`run_blocks` in a stage whose content does not depend on the size of its blocks."""
+    plan = folder / BLOCKS / "size"
+    if not plan.exists() or plan.read_text() != str(size):
+        shutil.rmtree(folder / BLOCKS, ignore_errors=True)
+        (folder / BLOCKS).mkdir()
+        write_bytes(plan, str(size).encode())
 
 
 def block_arrays(folder: Path, number: int) -> dict[str, np.ndarray]:
