@@ -65,6 +65,7 @@ class CorpusConfig:
     split_by: Literal["text", "group"] = "text"
     valid_fraction: float = 0.02
     test_fraction: float = 0.05
+    # At most so many documents of each source, from its beginning.
     max_documents: int | None = None
     workers: int = 2
     block_documents: int = 2048
@@ -94,7 +95,7 @@ class TokenizerConfig:
 
     ``train_bpe`` trains a byte-level BPE of ``vocab_size`` on at most ``train_bytes`` of training documents; the others load
     ``path`` (a ``tokenizer.json``, a sentencepiece ``.model``, or GPT-2's ``vocab.json`` with ``merges`` beside it).
-    ``bos``/``eod`` name the special tokens of a loaded tokenizer where it does not tell them itself.
+    ``bos``/``eod`` name the special tokens of a loaded tokenizer where it does not tell them itself; ``bos=""`` means none.
     """
 
     kind: Literal["train_bpe", "tokenizer_json", "sentencepiece", "gpt2"] = "train_bpe"

@@ -86,7 +86,7 @@ class ChunkTable:
                 of_source = there[sources == source] if len(self._tokens) > 1 else there
                 tokens[of_source] = _windows(stored, self.start_N[flat[of_source]], length)
         at = np.arange(length)
-        tokens[at >= remaining[:, None]] = 0
+        tokens *= at < remaining[:, None]
         if eod:
             ends = np.flatnonzero((flat >= 0) & (remaining < length))
             tokens[ends, remaining[ends]] = self.eod_id
@@ -146,10 +146,12 @@ def build_chunks(config: ChunkConfig, data_dir: Path) -> Artefact:
 def _cut_split(folder: Path, split: Split, stores: list[TokenStore], chunk_len: int, eod: int) -> Mapping:
     source_chunks, source_documents, text_tokens = [0], [0], 0
     for store in stores:
-        texts = [_text_lengths(store, *bounds, eod) for bounds in _parts(store)]
-        source_chunks.append(source_chunks[-1] + sum(int((-(-text // chunk_len)).sum()) for text in texts))
+        source_chunks.append(source_chunks[-1])
         source_documents.append(source_documents[-1] + store.num_documents)
-        text_tokens += sum(int(text.sum()) for text in texts)
+        for first, last in _parts(store):
+            text = _text_lengths(store, first, last, eod)
+            source_chunks[-1] += int((-(-text // chunk_len)).sum())
+            text_tokens += int(text.sum())
     total = source_chunks[-1]
     start, remaining, document = (
         np.lib.format.open_memmap(folder / f"{split}.{name}.npy", "w+", dtype, (total,))

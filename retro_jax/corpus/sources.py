@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from retro_jax.corpus.document import Document
 from retro_jax.corpus.python_docs import python_docs_fingerprint, python_documents
-from retro_jax.corpus.text_files import SUFFIXES, read_file, suffix_of
+from retro_jax.corpus.text_files import SUFFIXES, digest_file, read_file, suffix_of
 from retro_jax.corpus.token_store import digest_store
 from retro_jax.errors import UserError
 
@@ -70,17 +71,9 @@ def source_fingerprint(source: str) -> str:
     return f"{Path(source).name}:{digest.hexdigest()[:16]}"
 
 
-def digest_file(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}); check the file") from None
-
-
 def _files_of(source: str) -> list[tuple[Path, str]]:
     """The source's files, sorted, each with its name within the source (which is its documents' group)."""
+    source = os.path.expanduser(source)
     path = Path(source)
     if path.is_file():
         if suffix_of(path) is None:

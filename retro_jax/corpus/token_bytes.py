@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -36,7 +36,7 @@ def tokenizer_json_bytes(spec: dict, vocab_size: int) -> np.ndarray:
     return counts
 
 
-def _counter(spec: dict):
+def _counter(spec: dict) -> Callable[[str], int]:
     parts = {part["type"]: part for name in ("normalizer", "pre_tokenizer") for part in _flat(spec.get(name))}
     suffix = spec["model"].get("end_of_word_suffix") or spec["model"].get("continuing_subword_prefix")
     if spec["model"]["type"] in ("BPE", "Unigram") and not suffix:
@@ -44,10 +44,11 @@ def _counter(spec: dict):
             return len
         if "Metaspace" in parts or parts.get("Replace", {}).get("content") == "\u2581":
             fallback = spec["model"].get("byte_fallback", False)
-            return lambda token: 1 if fallback and _BYTE_TOKEN.fullmatch(token) else len(token.replace("\u2581", " ").encode())
+            is_byte = _BYTE_TOKEN.fullmatch if fallback else lambda token: None
+            return lambda token: 1 if is_byte(token) else len(token.replace("\u2581", " ").encode())
     raise UserError(
-        f"the tokenizer.json is a {spec['model']['type']} that is neither byte-level nor of sentencepiece's kind, so the bytes of its "
-        "tokens cannot be told and text cannot be restored; load another, or train one with TokenizerConfig.kind='train_bpe'"
+        f"the tokenizer.json is a {spec['model']['type']} that is neither byte-level nor of sentencepiece's kind, "
+        "so the bytes of its tokens cannot be told; load another, or train one with TokenizerConfig.kind='train_bpe'"
     )
 
 

@@ -57,7 +57,7 @@ def build_tokens(config: CorpusConfig, data_dir: Path) -> Artefact:
         count = run_blocks(
             folder,
             _tokenize_block,
-            _tasks(config, tokenizer.path),
+            _tasks(config, (tokenizer.path, tokenizer.fingerprint)),
             workers=config.workers,
             description="tokens: blocks of documents",
         )
@@ -80,7 +80,7 @@ def _keep_blocks_of(folder: Path, block_documents: int) -> None:
         write_text(plan, str(block_documents))
 
 
-def _tasks(config: CorpusConfig, tokenizer: Path) -> Iterator[tuple]:
+def _tasks(config: CorpusConfig, tokenizer: tuple[Path, str]) -> Iterator[tuple]:
     """Arguments of :func:`_tokenize_block`, block after block, read as they are asked for."""
     for number, source in enumerate(config.sources):
         if source.startswith(MEGATRON):
@@ -107,15 +107,17 @@ def _cut(documents: Iterator[Document], block_documents: int) -> Iterator[list[D
         yield block
 
 
-def _tokenize_block(source: int, config: CorpusConfig, tokenizer: Path, block: list[Document] | tuple[Path, int, int]) -> Block:
+def _tokenize_block(
+    source: int, config: CorpusConfig, tokenizer: tuple[Path, str], block: list[Document] | tuple[Path, int, int]
+) -> Block:
     """Tokens of a block's documents in order, their lengths, their splits, and what was counted (``FACTS``)."""
-    model = _tokenizer_of_process(tokenizer)
+    model = _tokenizer_of_process(*tokenizer)
     parts = _stored(model, config, *block) if isinstance(block, tuple) else _encoded(model, config, block)
     return {"source": np.array([source], np.int32), **parts}
 
 
 @functools.lru_cache(maxsize=1)
-def _tokenizer_of_process(folder: Path) -> Tokenizer:
+def _tokenizer_of_process(folder: Path, fingerprint: str) -> Tokenizer:
     if multiprocessing.parent_process() is not None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread in each of the workers
     return load_tokenizer(folder)
@@ -145,7 +147,8 @@ def _stored(model: Tokenizer, config: CorpusConfig, prefix: Path, first: int, la
     if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < model.vocab_size:
         wrong = tokens[(tokens < 0) | (tokens >= model.vocab_size)][0]
         raise BadInput(
-            f"{prefix} holds token id {wrong}, but the tokenizer has {model.vocab_size} ids; load the tokenizer that made the store"
+            f"{prefix} holds token id {wrong}, but the tokenizer has {model.vocab_size} ids; "
+            "load the tokenizer that made the store"
         )
     ends = np.cumsum(lengths)
     # As int32, so that the split does not depend on the dtype of the store.

@@ -26,6 +26,7 @@ from types import TracebackType
 
 import numpy as np
 
+from retro_jax.corpus.text_files import digest_file
 from retro_jax.errors import BadInput, UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -52,11 +53,9 @@ def digest_store(prefix: Path) -> str:
     """SHA-256 of a store's two files."""
     digest = hashlib.sha256()
     for path in store_paths(prefix):
-        try:
-            with open(path, "rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-        except OSError as error:
-            raise UserError(f"cannot read {path} ({error.strerror}); give the path of .bin and .idx without its suffix") from None
+        if not path.is_file():
+            raise UserError(f"{path} is not there; a token store is two files, give their path without .bin or .idx")
+        digest.update(digest_file(path).encode())
     return digest.hexdigest()
 
 
@@ -182,7 +181,8 @@ class TokenStore:
         _, version, code, sequences, entries = HEADER.unpack(data)
         if version != VERSION or code not in DTYPES:
             raise BadInput(
-                f"{self._idx_path} has version {version} and dtype code {code}; version {VERSION} with code {', '.join(map(str, DTYPES))} is read"
+                f"{self._idx_path} has version {version} and dtype code {code}; "
+                f"only version {VERSION} with code {', '.join(map(str, DTYPES))} can be read"
             )
         expected = HEADER.size + 12 * sequences + 8 * entries
         # Multimodal stores end with one mode byte a sequence.
@@ -192,9 +192,11 @@ class TokenStore:
 
     def _check_index(self, dtype: np.dtype) -> None:
         index, sequences = self._index, len(self._sizes)
-        if len(index) == 0 or index[0] != 0 or index[-1] != sequences or (np.diff(index) < 0).any():
+        rises = all((np.diff(index[at : at + COPY_ITEMS + 1]) >= 0).all() for at in range(0, len(index), COPY_ITEMS))
+        if len(index) == 0 or index[0] != 0 or index[-1] != sequences or not rises:
             raise BadInput(
-                f"{self._idx_path} has a document index that does not rise from 0 to its {sequences} sequences; write it again"
+                f"{self._idx_path} has a document index that does not rise from 0 to its {sequences} sequences; "
+                "it is damaged, write it again"
             )
         total = self._bin_path.stat().st_size
         for at in range(0, sequences, COPY_ITEMS):

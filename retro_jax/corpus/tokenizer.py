@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -14,9 +15,13 @@ import tokenizers
 
 from retro_jax.artefact import open_artefact
 from retro_jax.corpus.token_bytes import byte_alphabet, tokenizer_json_bytes
-from retro_jax.errors import BadInput
+from retro_jax.errors import BadInput, UserError
 
-UNKNOWN_MEND = "use a byte-level tokenizer (TokenizerConfig.kind='train_bpe' trains one) or one with byte fallback, or leave the document out"
+UNKNOWN_MEND = (
+    "take a byte-level tokenizer (TokenizerConfig.kind='train_bpe') or one with byte fallback, or leave the document out"
+)
+# A library's encodings are about a hundred times as large as their text: only so much text is encoded at once.
+BATCH_CHARACTERS = 2**20
 
 
 class Tokenizer(ABC):
@@ -61,7 +66,13 @@ class Tokenizer(ABC):
     @functools.cached_property
     def prefix_bytes(self) -> int:
         """See the class."""
-        return int(self.token_bytes()[self.encode_batch(["a"])[0]].sum()) - 1
+        for text in ("a", *(self.decode_batch([np.array([token])])[0] for token in range(self.vocab_size))):
+            with contextlib.suppress(UserError):  # a vocabulary without Latin letters: try its own
+                if text.isalpha():
+                    return int(self.token_bytes()[self.encode_batch([text])[0]].sum()) - len(text.encode())
+        raise UserError(
+            "the tokenizer cannot encode a single letter; load another, or train one with TokenizerConfig.kind='train_bpe'"
+        )
 
     def _drop_specials(self, ids: Sequence[np.ndarray]) -> list[list[int]]:
         special = {self.bos_id, self.eod_id}
@@ -81,14 +92,16 @@ class JsonTokenizer(Tokenizer):
         self.bos_id, self.eod_id = bos_id, eod_id
         self.vocab_size = max(model.get_vocab(with_added_tokens=True).values()) + 1
         self._bytes = tokenizer_json_bytes(json.loads(model.to_str()), self.vocab_size)
+        self._bytes[[token for token in (bos_id, eod_id) if token is not None]] = 0
         self._unknown_id, self._droppable = _ways_to_lose_text(model)
 
     def encode_batch(self, texts: Sequence[str], where: Sequence[str] | None = None) -> list[np.ndarray]:
         if self._droppable:
             self._check_alphabet(texts, where)
-        rows = [
-            np.array(encoding.ids, np.int32) for encoding in self._model.encode_batch_fast(list(texts), add_special_tokens=False)
-        ]
+        rows: list[np.ndarray] = []
+        for batch in _batches(texts):
+            encodings = self._model.encode_batch_fast(batch, add_special_tokens=False)
+            rows += [np.array(encoding.ids, np.int32) for encoding in encodings]
         if self._unknown_id is not None:
             for number, row in enumerate(rows):
                 if (row == self._unknown_id).any():
@@ -191,6 +204,19 @@ def load_sentencepiece(path: Path) -> sentencepiece.SentencePieceProcessor:
         return sentencepiece.SentencePieceProcessor(model_proto=path.read_bytes())
     except Exception as error:  # RuntimeError for most, with the library's C++ location
         raise BadInput(f"{path} is not a sentencepiece model ({type(error).__name__}); check the file") from None
+
+
+def _batches(texts: Sequence[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
 
 
 def _ways_to_lose_text(model: tokenizers.Tokenizer) -> tuple[int | None, bool]:

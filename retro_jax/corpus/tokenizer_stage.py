@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -10,8 +11,9 @@ import tokenizers
 
 from retro_jax.artefact import Artefact, build_artefact, write_bytes, write_text
 from retro_jax.config import CorpusConfig, TokenizerConfig
-from retro_jax.corpus.sources import MEGATRON, digest_file, read_documents, source_fingerprint
+from retro_jax.corpus.sources import MEGATRON, read_documents, source_fingerprint
 from retro_jax.corpus.split import split_of_text
+from retro_jax.corpus.text_files import digest_file
 from retro_jax.corpus.tokenizer import (
     JsonTokenizer,
     SentencePieceTokenizer,
@@ -55,7 +57,8 @@ def _build_trained(path: Path, config: TokenizerConfig, corpus: CorpusConfig) ->
     for source in corpus.sources:
         if source.startswith(MEGATRON):
             raise UserError(
-                f"source {source!r} holds tokens of another tokenizer, so none can be trained for it; set TokenizerConfig.kind and path to that one"
+                f"source {source!r} holds tokens of another tokenizer, so none can be trained for it; "
+                "load that one with TokenizerConfig.kind and path"
             )
     settings = {
         "kind": config.kind,
@@ -141,18 +144,17 @@ def _build_loaded(path: Path, config: TokenizerConfig) -> Artefact:
     if config.kind == "sentencepiece":
         pieces = load_sentencepiece(files["tokenizer.model"])
         known = {pieces.id_to_piece(i): i for i in range(pieces.get_piece_size())}
-        told = tuple(pieces.id_to_piece(i) if i >= 0 else None for i in (pieces.bos_id(), pieces.eos_id()))
-        bos_id, eod_id = _special_ids(config, known, told, (), ())
+        bos, eos = (pieces.id_to_piece(i) if i >= 0 else None for i in (pieces.bos_id(), pieces.eos_id()))
+        bos_id, eod_id = _special_ids(config, known, (bos, eos), (), ())
         tokenizer: Tokenizer = SentencePieceTokenizer(pieces, bos_id, eod_id)
     else:
         model = load_gpt2(*files.values()) if config.kind == "gpt2" else load_tokenizer_json(files["tokenizer.json"])
         known = model.get_vocab(with_added_tokens=True)
-        told = (
-            _told_beside(next(iter(files.values())).parent / "tokenizer_config.json")
-            if config.kind == "tokenizer_json"
-            else (None, None)
-        )
-        bos_id, eod_id = _special_ids(config, known, told, () if config.kind == "gpt2" else KNOWN_BOS, KNOWN_EOD)
+        if config.kind == "gpt2":
+            bos_id, eod_id = _special_ids(config, known, (None, None), (), KNOWN_EOD)
+        else:
+            told = _told_beside(files["tokenizer.json"].with_name("tokenizer_config.json"))
+            bos_id, eod_id = _special_ids(config, known, told, KNOWN_BOS, KNOWN_EOD)
         tokenizer = JsonTokenizer(model, bos_id, eod_id)
 
     def make(folder: Path) -> Mapping:
@@ -161,9 +163,8 @@ def _build_loaded(path: Path, config: TokenizerConfig) -> Artefact:
         return {"vocab_size": tokenizer.vocab_size, "bos": bos_id, "eod": eod_id}
 
     settings = {"kind": config.kind, "bos_id": bos_id, "eod_id": eod_id}
-    return build_artefact(
-        path, kind=TOKENIZER, settings=settings, inputs={name: digest_file(f)[:16] for name, f in files.items()}, make=make
-    )
+    inputs = {name: digest_file(file)[:16] for name, file in files.items()}
+    return build_artefact(path, kind=TOKENIZER, settings=settings, inputs=inputs, make=make)
 
 
 def _files_of(config: TokenizerConfig) -> dict[str, Path]:
@@ -222,18 +223,14 @@ def _special_ids(
                 f"TokenizerConfig.{name}={token!r} is not in the tokenizer's vocabulary of {len(known)}; {_candidates(known)}"
             )
     eod = config.eod or told[1] or next((token for token in usual_eod if token in known), None)
-    if eod not in known:
+    if eod is None or eod not in known:
         raise UserError(f"the tokenizer does not tell which token ends a document; set TokenizerConfig.eod: {_candidates(known)}")
-    bos = (
-        config.bos
-        if config.bos is not None
-        else told[0] or next((token for token in usual_bos if token in known and token != eod), None)
-    )
-    return (known[bos] if bos in known else None), known[eod]
+    bos = config.bos
+    if bos is None:
+        bos = told[0] or next((token for token in usual_bos if token in known and token != eod), None)
+    return (known.get(bos) if bos else None), known[eod]
 
 
 def _candidates(known: Mapping[str, int]) -> str:
-    marked = [
-        token for token in known if len(token) > 2 and token[0] in "<[" and token[-1] in ">]" and not token.startswith("<0x")
-    ]
-    return f"tokens that look special are {', '.join(map(repr, sorted(marked)[:12])) or 'none'}"
+    marked = sorted(token for token in known if re.fullmatch(r"<(?!0x)\S+>|\[\w+\]", token))
+    return f"tokens that look special are {', '.join(map(repr, marked[:12])) or 'none'}"
