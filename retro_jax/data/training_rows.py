@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
     from retro_jax.corpus.chunk_table import ChunkTable
-    from retro_jax.retrieval.neighbour_table import NeighbourTable
+    from retro_jax.data.reader import RowReader
 
 CHUNKS_READ_AT_ONCE = 1 << 18
 
@@ -66,30 +66,30 @@ def training_rows(table: ChunkTable, seq_len: int, *, weights: Sequence[float] |
     return TrainingRows(source_chunks=source_chunks, chunks_per_row=seq_len // table.chunk_len)
 
 
-def describe_rows(
-    rows: TrainingRows, table: ChunkTable, neighbours: NeighbourTable | None, k: int, *, weights: Sequence[float] | None = None
-) -> dict:
+def describe_rows(rows: TrainingRows, reader: RowReader, *, weights: Sequence[float] | None = None) -> dict:
     """Exact counts over an epoch's rows, for the log: read in pieces, so that memory does not grow with the corpus.
 
     Returns:
         ``rows`` and ``text_tokens`` of an epoch; ``padding_share``: the share of row places without a text token (with
-        ``weights``: expected over the mixed rows); ``chunks`` and ``chunks_short_of_neighbours``: how many have fewer than ``k``.
+        ``weights``: expected over the mixed rows); ``chunks`` and ``chunks_short_of_neighbours``: how many are left with fewer
+        than k (None for rows without neighbours).
     """
-    C, text_S, short = table.chunk_len, [], 0
+    table, neighbours, C, text_S = reader.queries, reader.neighbours, reader.queries.chunk_len, []
     for first, last in zip(rows.source_chunks[:-1], rows.source_chunks[1:], strict=True):
         text_S.append(sum(int(np.minimum(table.remaining_N[piece], C).sum(dtype=np.int64)) for piece in _pieces(first, last)))
-        if neighbours is not None:
-            short += sum(int((neighbours.ids_NS[piece, :k] < 0).any(axis=-1).sum()) for piece in _pieces(first, last))
     places_S = np.diff(rows.source_rows) * rows.chunks_per_row * C
     text_S = np.asarray(text_S)
     share_S = places_S / places_S.sum() if weights is None else np.asarray(weights) / sum(weights)
     padding_S = np.divide(places_S - text_S, places_S, out=np.zeros(len(places_S)), where=places_S > 0)
+    short = None
+    if neighbours is not None:
+        short = neighbours.count_short(reader.chunks.num_neighbours, max_overlap=reader.max_overlap)
     return {
         "rows": len(rows),
         "text_tokens": int(text_S.sum()),
         "padding_share": float(share_S @ padding_S),
         "chunks": int(rows.source_chunks[-1]),
-        "chunks_short_of_neighbours": short if neighbours is not None else None,
+        "chunks_short_of_neighbours": short,
     }
 
 

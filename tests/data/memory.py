@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
+from retro_jax.config import ChunkConfig
+from retro_jax.data.reader import RowReader
+
 EOD = 99
 
 
@@ -46,3 +49,12 @@ class MemoryNeighbours:
     def select(self, chunk_ids, k):
         chunk_ids = np.asarray(chunk_ids)
         return np.where(chunk_ids[..., None] < 0, -1, self.ids_NS[np.maximum(chunk_ids, 0), :k])
+
+    def count_short(self, k, max_overlap=None):
+        return int((self.ids_NS[:, :k] < 0).any(axis=1).sum())
+
+
+def memory_reader(table, neighbours=None, k=2, **settings):
+    """A reader whose neighbours come from the same table."""
+    chunks = ChunkConfig(chunk_len=table.chunk_len, num_neighbours=k, retrieved_len=2 * table.chunk_len)
+    return RowReader(queries=table, database=table, neighbours=neighbours, chunks=chunks, **settings)

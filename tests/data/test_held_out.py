@@ -4,10 +4,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retro_jax.config import ChunkConfig
 from retro_jax.data.held_out import held_out_batches, held_out_rows, shuffled_donors, spread_documents, target_chunks
-from retro_jax.data.reader import RowReader
-from tests.data.memory import EOD, MemoryChunks, MemoryNeighbours
+from tests.data.memory import EOD, MemoryChunks, MemoryNeighbours, memory_reader
 
 C = 4
 
@@ -15,16 +13,6 @@ C = 4
 def documents(lengths):
     """Documents in which every token is another: the t-th token of document d is 1000 (d + 1) + t."""
     return [[1000 * (d + 1) + t for t in range(n)] for d, n in enumerate(lengths)]
-
-
-def reader(table, neighbours=None, **settings):
-    return RowReader(
-        queries=table,
-        database=table,
-        neighbours=neighbours,
-        chunks=ChunkConfig(chunk_len=C, num_neighbours=2, retrieved_len=8),
-        **settings,
-    )
 
 
 def test_windows_of_a_long_document_and_short_ones_together():
@@ -38,16 +26,16 @@ def test_windows_of_a_long_document_and_short_ones_together():
 
 def test_batches_are_filled_up_with_empty_rows():
     table = MemoryChunks(documents([22, 3, 8]), C)
-    batches = list(held_out_batches(held_out_rows(table, window=12, stride=8), reader(table), 3))
+    batches = list(held_out_batches(held_out_rows(table, window=12, stride=8), memory_reader(table), 3))
     assert [ids.shape for _, ids in batches] == [(3, 3), (3, 3)]
     batch, ids = batches[1]
     np.testing.assert_array_equal(ids, [[7, 8, 6], [-1] * 3, [-1] * 3])
     np.testing.assert_array_equal(batch.positions[0], [0, 1, 2, 3, 4, 5, 6, 7, 0, 1, 2, 0])
     np.testing.assert_array_equal(batch.loss_mask.sum(axis=1), [11, 0, 0])
-    again = list(held_out_batches(held_out_rows(table, window=12, stride=8), reader(table), 3, first_batch=1))
+    again = list(held_out_batches(held_out_rows(table, window=12, stride=8), memory_reader(table), 3, first_batch=1))
     np.testing.assert_array_equal(again[0][0].tokens, batch.tokens)
     assert len(again) == 1 and not list(
-        held_out_batches(held_out_rows(table, window=12, stride=8), reader(table), 3, first_batch=2)
+        held_out_batches(held_out_rows(table, window=12, stride=8), memory_reader(table), 3, first_batch=2)
     )
 
 
@@ -63,7 +51,7 @@ def test_every_target_once_in_its_chunk_with_the_context_of_its_window(lengths, 
     table = MemoryChunks(documents(lengths), C)
     rows = held_out_rows(table, window=window * C, stride=stride * C)
     seen = []
-    for batch, ids in held_out_batches(rows, reader(table), batch_size):
+    for batch, ids in held_out_batches(rows, memory_reader(table), batch_size):
         chunks = target_chunks(ids, table)
         for row, position in np.argwhere(batch.loss_mask):
             token, target = batch.tokens[row, position], batch.targets[row, position]
@@ -125,13 +113,15 @@ def test_shuffled_and_missing_neighbours_are_read():
     table = MemoryChunks(documents([8, 8, 8]), C)
     neighbours = MemoryNeighbours([[2, 3], [4, 5], [0, 1], [5, 4], [1, 0], [3, 2]])
     ids = np.array([[0, 1, -1]])
-    own = reader(table, neighbours).read(ids)
+    own = memory_reader(table, neighbours).read(ids)
     assert own.neighbours[0, 0, 0, 0] == 2000 and own.neighbours[0, 1, 0, 0] == 3000
     donors = np.array([5, 0, 1, 2, 3, 4])
-    others = reader(table, neighbours, donors=donors).read(ids)
-    np.testing.assert_array_equal(others.neighbours[0, 0], reader(table, neighbours).read(np.array([[5]])).neighbours[0, 0])
+    others = memory_reader(table, neighbours, donors=donors).read(ids)
+    np.testing.assert_array_equal(
+        others.neighbours[0, 0], memory_reader(table, neighbours).read(np.array([[5]])).neighbours[0, 0]
+    )
     np.testing.assert_array_equal(others.neighbours[0, 1], own.neighbours[0, 0])
     assert not others.neighbour_mask[0, 2].any()
     np.testing.assert_array_equal(others.tokens, own.tokens)
-    none = reader(table, neighbours, donors=np.full(6, -1)).read(ids)
+    none = memory_reader(table, neighbours, donors=np.full(6, -1)).read(ids)
     assert not none.neighbour_mask.any() and none.neighbour_mask.shape == own.neighbour_mask.shape

@@ -5,7 +5,7 @@ import pytest
 
 from retro_jax.data.training_rows import describe_rows, training_rows
 from retro_jax.errors import UserError
-from tests.data.memory import MemoryChunks, MemoryNeighbours
+from tests.data.memory import MemoryChunks, MemoryNeighbours, memory_reader
 
 # C = 4; source 0: documents of 10 and 4 tokens (4 chunks), source 1: one of 9 (3 chunks), source 2: none
 TABLE = MemoryChunks([list(range(10)), list(range(4)), list(range(9))], 4, source_documents=[2, 1, 0])
@@ -20,17 +20,17 @@ def test_rows_are_consecutive_chunks_of_one_source():
 def test_counts():
     rows = training_rows(TABLE, 12, weights=None)
     neighbours = MemoryNeighbours([[1, 2], [1, -1], [-1, -1], [0, 1], [2, 3], [3, 2], [5, -1]])
-    facts = describe_rows(rows, TABLE, neighbours, 2)
+    facts = describe_rows(rows, memory_reader(TABLE, neighbours))
     assert facts == {"rows": 3, "text_tokens": 23, "padding_share": 13 / 36, "chunks": 7, "chunks_short_of_neighbours": 3}
-    assert describe_rows(rows, TABLE, neighbours, 1)["chunks_short_of_neighbours"] == 1
-    assert describe_rows(rows, TABLE, None, 2)["chunks_short_of_neighbours"] is None
+    assert describe_rows(rows, memory_reader(TABLE, neighbours, k=1))["chunks_short_of_neighbours"] == 1
+    assert describe_rows(rows, memory_reader(TABLE, None))["chunks_short_of_neighbours"] is None
 
 
 def test_padding_of_a_mix_follows_the_weights():
     table = MemoryChunks([list(range(10)), list(range(4)), list(range(9))], 4, source_documents=[2, 1])
     rows = training_rows(table, 12, weights=(3.0, 1.0))
     expected = 0.75 * (24 - 14) / 24 + 0.25 * (12 - 9) / 12
-    assert describe_rows(rows, table, None, 2, weights=(3.0, 1.0))["padding_share"] == pytest.approx(expected)
+    assert describe_rows(rows, memory_reader(table, None), weights=(3.0, 1.0))["padding_share"] == pytest.approx(expected)
 
 
 def test_nothing_to_train_on():

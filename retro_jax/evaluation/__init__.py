@@ -1,0 +1,1 @@
+"""Trained models -> figures on held-out documents."""
