@@ -1,0 +1,211 @@
+"""What all commands share: arguments, the workdir with its stored config, and errors as one line and an exit code.
+
+Commands of their own stand at the top of the repository (train.py, eval.py); here is ``python -m retro_jax prepare``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import errno
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from retro_jax.artefact import write_text
+from retro_jax.config import Config
+from retro_jax.errors import UserError
+from retro_jax.gin_config import config_json, config_text, find_config, load_config
+
+USER_ERROR, INTERRUPTED = 2, 130
+TRACEBACK = "RETRO_JAX_TRACEBACK"
+STORED_TEXT, STORED_JSON = "config.gin", "config.json"
+# Settings of a training run that may change between two starts in the same workdir; the others decide what the checkpoints mean.
+FREE_CLASSES = ("EvalConfig",)
+FREE_FIELDS = (
+    "Config.data_dir",
+    "CorpusConfig.workers",
+    "CorpusConfig.block_documents",
+    "RetrievalConfig.workers",
+    "RetrievalConfig.block_chunks",
+    "DataConfig.workers",
+    "DataConfig.prefetch",
+    "ModelConfig.implementation",
+    "TrainConfig.steps",
+    "TrainConfig.baselines",
+    "TrainConfig.loss_chunk",
+    "TrainConfig.log_every",
+    "TrainConfig.checkpoint_every",
+    "TrainConfig.keep",
+    "TrainConfig.valid_every",
+    "TrainConfig.valid_batches",
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A config and the folder of its results."""
+
+    config: Config
+    workdir: Path
+
+    @property
+    def data_dir(self) -> Path:
+        """Where the data artefacts are."""
+        return Path(self.config.data_dir) if self.config.data_dir else self.workdir / "data"
+
+
+def argument_parser(prog: str, what: str, example: str) -> argparse.ArgumentParser:
+    """A parser with the arguments that every command has; add the command's own to it."""
+    parser = argparse.ArgumentParser(
+        prog=prog,
+        description=what,
+        epilog=f"example:\n  {example}\n\nA command that was interrupted is continued by running it again.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="gin file, or the name of one in configs/ (quickstart)")
+    parser.add_argument("--workdir", metavar="DIR", help="folder of everything that the run writes (default: runs/<config's name>)")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="Class.field=value",
+        help="change one setting, for example --set TrainConfig.steps=100; may be given again for others",
+    )
+    return parser
+
+
+def run_of(arguments: argparse.Namespace) -> Run:
+    """The run that the arguments of :func:`argument_parser` describe."""
+    config = load_config([arguments.config], arguments.overrides)
+    workdir = Path(arguments.workdir) if arguments.workdir else Path("runs") / find_config(arguments.config).stem
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir {workdir} is a file; name a folder")
+    return Run(config, workdir)
+
+
+def refuse_other_config(run: Run) -> None:
+    """Where another config is stored in the workdir, say what has changed since.
+
+    Raises:
+        UserError: the workdir holds checkpoints, and a setting that decides what they mean has changed.
+    """
+    path = run.workdir / STORED_TEXT
+    changes = _changes(path.read_text(encoding="utf-8"), config_text(run.config)) if path.exists() else {}
+    fixed = [name for name in changes if not _is_free(name)]
+    if fixed and any(run.workdir.glob("models/*/checkpoints/*")):
+        old, new = changes[fixed[0]]
+        raise UserError(
+            f"{run.workdir} holds checkpoints trained with {fixed[0]} = {old}, now {fixed[0]} = {new} is asked for; "
+            f"use another --workdir, or delete {run.workdir / 'models'} to train anew"
+        )
+    for name, (old, new) in changes.items():
+        print(f"{name} was {old} in the last run in {run.workdir}, now it is {new}")
+
+
+def store_config(run: Run) -> None:
+    """Write the resolved config to the workdir, as gin and as JSON."""
+    run.workdir.mkdir(parents=True, exist_ok=True)
+    write_text(run.workdir / STORED_TEXT, config_text(run.config))
+    write_text(run.workdir / STORED_JSON, config_json(run.config))
+
+
+def exit_code(program: Callable[[], object]) -> int:
+    """Run a command: 0; 2 and one line for what the user can mend; 130 when interrupted."""
+    try:
+        program()
+    except UserError as error:
+        return _told(str(error))
+    except KeyboardInterrupt:
+        again = shlex.join(sys.orig_argv)
+        print(f"\ninterrupted; what is finished is kept, continue with: {again}", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader (head, less) has gone; let the interpreter's last flush go nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return _told(f"the disk is full{where}; free some space and run the same command again")
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+            return _told(f"no permission{where}: {error.strerror}; choose another --workdir, or change the permissions")
+        raise
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """``python -m retro_jax <command>``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m retro_jax",
+        description="retro_jax: retrieval-augmented pretraining of language models.",
+        epilog="training and evaluation: python train.py --help, python eval.py --help",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    stages = argument_parser(
+        "python -m retro_jax prepare",
+        "Build the data alone: tokenizer, tokens, chunks and neighbours of every chunk. What is built is not built again.",
+        "python -m retro_jax prepare --config wiki_small --set CorpusConfig.sources=wiki.jsonl",
+    )
+    stages.add_argument("--rebuild", metavar="STAGE", help="remove this artefact and those made from it first, then build them")
+    stages.add_argument("--verify", action="store_true", help="check the checksums of all files that are built, and build nothing")
+    commands.add_parser(
+        "prepare",
+        parents=[stages],
+        add_help=False,
+        prog=stages.prog,
+        help="build the data alone",
+        description=stages.description,
+        epilog=stages.epilog,
+        formatter_class=stages.formatter_class,
+    )
+    parsed = parser.parse_args(arguments)
+    return exit_code(lambda: _prepare(parsed))
+
+
+def _prepare(arguments: argparse.Namespace) -> None:
+    from retro_jax.prepare import prepare, remove_stage, verify  # faiss and scikit-learn are not needed for --help
+
+    run = run_of(arguments)
+    if arguments.verify:
+        verify(run.data_dir)
+        return
+    refuse_other_config(run)
+    if arguments.rebuild:
+        for stage in remove_stage(run.data_dir, arguments.rebuild):
+            print(f"{stage:<11} removed")
+    prepare(run.config, run.data_dir)
+    store_config(run)
+    print(f"ready in {run.data_dir}; train on it with: python train.py --config {arguments.config} --workdir {run.workdir}")
+
+
+def _told(message: str) -> int:
+    if os.environ.get(TRACEBACK, "0") not in ("", "0"):
+        traceback.print_exc()
+    print(f"error: {message}", file=sys.stderr)
+    return USER_ERROR
+
+
+def _changes(old: str, new: str) -> dict[str, tuple[str, str]]:
+    """Settings whose values differ between two config texts; "unset" where a text has no such setting."""
+    before, after = _values(old), _values(new)
+    names = [*after, *(name for name in before if name not in after)]
+    unset = "unset"
+    return {n: (before.get(n, unset), after.get(n, unset)) for n in names if before.get(n, unset) != after.get(n, unset)}
+
+
+def _values(text: str) -> dict[str, str]:
+    values = {}
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
+            name, value = line.split(" = ", 1)
+            values[name] = value
+    return values
+
+
+def _is_free(name: str) -> bool:
+    return name in FREE_FIELDS or name.split(".")[0] in FREE_CLASSES
