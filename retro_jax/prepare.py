@@ -1,0 +1,135 @@
+"""The data stages in their order: documents -> tokenizer -> tokens -> chunks -> neighbours, each skipped where it stands."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+from retro_jax.artefact import MANIFEST, Artefact, open_artefact, remove_artefact
+from retro_jax.config import SPLITS, Config, Split
+from retro_jax.corpus.chunk_table import ChunkTable, build_chunks, open_chunk_tables
+from retro_jax.corpus.token_stage import build_tokens
+from retro_jax.corpus.tokenizer import Tokenizer, load_tokenizer
+from retro_jax.corpus.tokenizer_stage import build_tokenizer
+from retro_jax.errors import UserError
+from retro_jax.retrieval.neighbours import NeighbourTable, build_neighbours
+
+# In the order in which they are made: each is made from some of those before it. The folder and the kind have the same name.
+STAGES = ("tokenizer", "tokens", "chunks", "embedder", "vectors", "index", "neighbours")
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What training and evaluation read; ``fingerprints`` by artefact, for what is made from them."""
+
+    tokenizer: Tokenizer
+    tables: dict[Split, ChunkTable]
+    neighbours: dict[Split, NeighbourTable]
+    fingerprints: dict[str, str]
+
+
+def prepare(config: Config, data_dir: Path, report: Callable[[str], None] = print) -> Prepared:
+    """Build what is missing in ``data_dir`` and open it; one line to ``report`` for each artefact.
+
+    Raises:
+        UserError: a source is wrong, an artefact was built with other settings or from other inputs, or the disk is full.
+    """
+    data_dir = Path(data_dir)
+    data_dir.mkdir(parents=True, exist_ok=True)
+    stages = _Stages(data_dir, report)
+    stages.run(lambda: build_tokenizer(config.tokenizer, config.corpus, data_dir))
+    tokenizer = load_tokenizer(data_dir / "tokenizer")
+    stages.run(lambda: build_tokens(config.corpus, data_dir))
+    stages.run(lambda: build_chunks(config.chunks, data_dir))
+    tables = open_chunk_tables(data_dir)
+    neighbours = stages.run(lambda: build_neighbours(config.retrieval, data_dir, tables, config.chunks))
+    read = ("tokenizer", "tokens", "chunks", "neighbours")
+    return Prepared(tokenizer, tables, neighbours, {name: open_artefact(data_dir / name, name).fingerprint for name in read})
+
+
+def built_stages(data_dir: Path) -> dict[str, str]:
+    """For each stage "built", "unfinished" (a killed run left blocks) or "missing"."""
+    states = {}
+    for stage in STAGES:
+        path = Path(data_dir) / stage
+        unfinished = path.with_name(stage + ".partial").exists()
+        states[stage] = "built" if (path / MANIFEST).exists() else "unfinished" if unfinished else "missing"
+    return states
+
+
+def remove_stage(data_dir: Path, stage: str) -> list[str]:
+    """Delete an artefact and all that may be made from it; returns the names of those that were there.
+
+    Raises:
+        UserError: there is no such stage.
+    """
+    if stage not in STAGES:
+        raise UserError(f"--rebuild {stage} names no stage; choose one of {', '.join(STAGES)}")
+    states = built_stages(data_dir)
+    removed = [name for name in STAGES[STAGES.index(stage) :] if states[name] != "missing"]
+    for name in reversed(removed):
+        remove_artefact(Path(data_dir) / name)
+    return removed
+
+
+def verify(data_dir: Path, report: Callable[[str], None] = print) -> None:
+    """Check size and SHA-256 of every file of every artefact that is built.
+
+    Raises:
+        UserError: nothing is built, or a file is missing, truncated or corrupted.
+    """
+    built = [stage for stage, state in built_stages(data_dir).items() if state == "built"]
+    if not built:
+        raise UserError(f"{data_dir} holds no artefact to verify; build them first with `python -m retro_jax prepare`")
+    for stage in built:
+        artefact = open_artefact(Path(data_dir) / stage, stage, checksums="all")
+        sizes = [facts["bytes"] for facts in artefact.manifest["files"].values()]
+        report(f"{stage:<11} verified  {len(sizes)} files, {sum(sizes):,} bytes")
+
+
+class _Stages:
+    """Runs stages and reports the artefacts that each has built or found."""
+
+    def __init__(self, data_dir: Path, report: Callable[[str], None]) -> None:
+        self._data_dir, self._report, self._reported = data_dir, report, set[str]()
+
+    def run(self, stage: Callable[[], Made]) -> Made:
+        before, began = built_stages(self._data_dir), time.time()
+        result = stage()
+        for name, state in built_stages(self._data_dir).items():
+            if state != "built" or name in self._reported:
+                continue
+            self._reported.add(name)
+            artefact = open_artefact(self._data_dir / name, name)
+            took, word = "", "skipped"
+            if before[name] != "built":
+                ended = (artefact.path / MANIFEST).stat().st_mtime
+                took, began, word = f"{max(ended - began, 0.0):8.1f} s", ended, "built"
+            self._report(f"{name:<11} {word:<8} {took:>10}  {_counts(artefact)}")
+        return result
+
+
+def _counts(artefact: Artefact) -> str:
+    """The numbers of a summary in one line."""
+    summary = artefact.summary
+    parts = [f"{name} {value:,}" for name, value in summary.items() if type(value) is int]
+    if "sources" in summary:
+        parts.append(f"sources {len(summary['sources'])}")
+        per_split = [_add(entry["splits"][split] for entry in summary["sources"]) for split in SPLITS]
+    else:
+        per_split = [summary["splits"][split] for split in SPLITS] if "splits" in summary else []
+    names = [name for name, value in per_split[0].items() if isinstance(value, int)] if per_split else []
+    parts += [f"{name} {' / '.join(f'{entry[name]:,}' for entry in per_split)}" for name in names]
+    return ", ".join(parts) + (f" ({' / '.join(SPLITS)})" if names else "")
+
+
+def _add(entries: object) -> Mapping[str, int]:
+    total: dict[str, int] = {}
+    for entry in entries:  # type: ignore[attr-defined]
+        for name, value in entry.items():
+            total[name] = total.get(name, 0) + value
+    return total
