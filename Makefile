@@ -45,8 +45,8 @@ goldens: install-dev
 
 constraints: .venv/.dev .venv-3.12/.dev
 	{ echo "# Versions that the tests pass with. Written by make constraints."; \
-	  $(BIN)/python -m pip freeze --exclude-editable --exclude torch | sed 's/$$/; python_version == "3.11"/'; \
-	  $(BIN312)/python -m pip freeze --exclude-editable --exclude torch | sed 's/$$/; python_version == "3.12"/'; } > constraints.new
+	  $(BIN)/python -m pip freeze --all --exclude-editable --exclude pip --exclude torch | sed 's/$$/; python_version == "3.11"/'; \
+	  $(BIN312)/python -m pip freeze --all --exclude-editable --exclude pip --exclude torch | sed 's/$$/; python_version == "3.12"/'; } > constraints.new
 	mv constraints.new constraints.txt
 
 install: .venv/.cpu

@@ -1,0 +1,137 @@
+"""The data stages in order, and the command that runs them."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+from pathlib import Path
+
+import pytest
+
+from retro_jax.cli import STORED_JSON, STORED_TEXT, main
+from retro_jax.gin_config import load_config
+from retro_jax.prepare import STAGES, built_stages, prepare
+
+SETTINGS = """
+CorpusConfig.sources = ('{corpus}',)
+CorpusConfig.valid_fraction = 0.1
+CorpusConfig.test_fraction = 0.1
+CorpusConfig.workers = 1
+TokenizerConfig.vocab_size = 384
+ChunkConfig.chunk_len = 8
+ChunkConfig.retrieved_len = 16
+RetrievalConfig.workers = 1
+RetrievalConfig.features = 4096
+"""
+
+
+@pytest.fixture
+def config_file(tmp_path: Path) -> Path:
+    """A gin file over 80 documents of words."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefgh", k=rng.randint(2, 6))) for _ in range(60)]
+    corpus = tmp_path / "corpus.jsonl"
+    texts = [" ".join(rng.choices(words, k=rng.randint(20, 60))) for _ in range(80)]
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    path = tmp_path / "small.gin"
+    path.write_text(SETTINGS.format(corpus=corpus))
+    return path
+
+
+def command(config_file: Path, *extra: str) -> int:
+    return main(["prepare", "--config", str(config_file), "--workdir", str(config_file.parent / "run"), *extra])
+
+
+def stage_words(output: str) -> dict[str, str]:
+    """What each stage's line says: built, skipped, removed, verified."""
+    return dict(re.findall(rf"^({'|'.join(STAGES)}) +(\w+)", output, re.MULTILINE))
+
+
+def test_every_stage_is_built_once(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(config_file) == 0
+    output = capsys.readouterr().out
+    assert stage_words(output) == dict.fromkeys(STAGES, "built")
+    assert "python train.py --config" in output
+    run = config_file.parent / "run"
+    assert load_config([run / STORED_TEXT]) == load_config([config_file])
+    assert json.loads((run / STORED_JSON).read_text())["chunks"]["chunk_len"] == 8
+    manifests = {stage: (run / "data" / stage / "manifest.json").read_bytes() for stage in STAGES}
+    assert command(config_file) == 0
+    assert stage_words(capsys.readouterr().out) == dict.fromkeys(STAGES, "skipped")
+    assert manifests == {stage: (run / "data" / stage / "manifest.json").read_bytes() for stage in STAGES}
+
+
+def test_counts_and_tables_agree(config_file: Path) -> None:
+    lines: list[str] = []
+    data_dir = config_file.parent / "data"
+    prepared = prepare(load_config([config_file]), data_dir, lines.append)
+    counts = [prepared.tables[split].num_chunks for split in ("train", "valid", "test")]
+    documents = [prepared.tables[split].num_documents for split in ("train", "valid", "test")]
+    assert sum(documents) == 80
+    chunk_line = next(line for line in lines if line.startswith("chunks"))
+    assert f"chunks {counts[0]:,} / {counts[1]:,} / {counts[2]:,}" in chunk_line
+    assert f"documents {documents[0]} / {documents[1]} / {documents[2]}" in chunk_line
+    assert [prepared.neighbours[split].ids_NS.shape for split in ("train", "valid", "test")] == [(n, 20) for n in counts]
+    assert prepared.neighbours["test"].ids_NS.max() < counts[0]
+
+
+def test_rebuild_makes_the_stage_and_what_follows_anew(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(config_file) == 0
+    data = config_file.parent / "run" / "data"
+    before = {stage: (data / stage / "manifest.json").stat().st_mtime_ns for stage in STAGES}
+    capsys.readouterr()
+    assert command(config_file, "--rebuild", "vectors") == 0
+    output = capsys.readouterr().out
+    assert [line.split()[0] for line in output.splitlines() if line.endswith("removed")] == ["vectors", "index", "neighbours"]
+    after = {stage: (data / stage / "manifest.json").stat().st_mtime_ns for stage in STAGES}
+    assert {stage for stage in STAGES if before[stage] != after[stage]} == {"vectors", "index", "neighbours"}
+    assert command(config_file, "--rebuild", "vector") == 2
+    assert "choose one of tokenizer, tokens, chunks" in capsys.readouterr().err
+    assert built_stages(data) == dict.fromkeys(STAGES, "built")
+
+
+def test_other_settings_are_refused_until_rebuilt(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(config_file) == 0
+    stored = (config_file.parent / "run" / STORED_TEXT).read_text()
+    changed = ["--set", "ChunkConfig.chunk_len=4"]
+    capsys.readouterr()
+    assert command(config_file, *changed) == 2
+    captured = capsys.readouterr()
+    assert "chunk_len=8, now chunk_len=4 is asked for" in captured.err
+    assert "--rebuild chunks" in captured.err
+    assert captured.err.count("\n") == 1
+    assert (config_file.parent / "run" / STORED_TEXT).read_text() == stored
+    assert command(config_file, *changed, "--rebuild", "chunks") == 0
+    output = capsys.readouterr().out
+    assert "ChunkConfig.chunk_len was 8 in the last run" in output
+    assert stage_words(output)["tokens"] == "skipped"
+    assert (config_file.parent / "run" / STORED_TEXT).read_text() != stored
+
+
+def test_verify_finds_one_changed_byte(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command(config_file, "--verify") == 2
+    assert "holds no artefact to verify" in capsys.readouterr().err
+    assert command(config_file) == 0
+    capsys.readouterr()
+    assert command(config_file, "--verify") == 0
+    assert stage_words(capsys.readouterr().out) == dict.fromkeys(STAGES, "verified")
+    ids = config_file.parent / "run" / "data" / "neighbours" / "train.ids.npy"
+    content = bytearray(ids.read_bytes())
+    content[-1] ^= 1
+    ids.write_bytes(content)
+    assert command(config_file, "--verify") == 2
+    error = capsys.readouterr().err
+    assert str(ids) in error
+    assert "corrupted" in error
+    assert "--rebuild neighbours" in error
+
+
+def test_data_dir_is_shared_between_workdirs(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shared = config_file.parent / "shared"
+    arguments = ["prepare", "--config", str(config_file), "--set", f"Config.data_dir={shared}", "--workdir"]
+    assert main([*arguments, str(config_file.parent / "a")]) == 0
+    capsys.readouterr()
+    assert main([*arguments, str(config_file.parent / "b")]) == 0
+    assert stage_words(capsys.readouterr().out) == dict.fromkeys(STAGES, "skipped")
+    assert not (config_file.parent / "b" / "data").exists()
