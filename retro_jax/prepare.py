@@ -16,19 +16,22 @@ from retro_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from retro_jax.corpus.tokenizer_stage import build_tokenizer
 from retro_jax.errors import UserError
 from retro_jax.retrieval.neighbours import NeighbourTable, build_neighbours
+from retro_jax.retrieval.ngrams import NgramLookup, build_ngrams
 
 # In the order in which they are made: each is made from some of those before it. The folder and the kind have the same name.
-STAGES = ("tokenizer", "tokens", "chunks", "embedder", "vectors", "index", "neighbours")
+STAGES = ("tokenizer", "tokens", "chunks", "ngrams", "embedder", "vectors", "index", "neighbours")
 Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What training and evaluation read; ``fingerprints`` by artefact, for what is made from them."""
+    """What training and evaluation read; ``ngrams`` looks up training text, ``fingerprints`` by artefact are for what is made
+    from them."""
 
     tokenizer: Tokenizer
     tables: dict[Split, ChunkTable]
     neighbours: dict[Split, NeighbourTable]
+    ngrams: NgramLookup
     fingerprints: dict[str, str]
 
 
@@ -46,9 +49,11 @@ def prepare(config: Config, data_dir: Path, report: Callable[[str], None] = prin
     stages.run(lambda: build_tokens(config.corpus, data_dir))
     stages.run(lambda: build_chunks(config.chunks, data_dir))
     tables = open_chunk_tables(data_dir)
+    ngrams = stages.run(lambda: build_ngrams(data_dir, tables["train"], workers=config.retrieval.workers))
     neighbours = stages.run(lambda: build_neighbours(config.retrieval, data_dir, tables, config.chunks))
-    read = ("tokenizer", "tokens", "chunks", "neighbours")
-    return Prepared(tokenizer, tables, neighbours, {name: open_artefact(data_dir / name, name).fingerprint for name in read})
+    read = ("tokenizer", "tokens", "chunks", "ngrams", "neighbours")
+    fingerprints = {name: open_artefact(data_dir / name, name).fingerprint for name in read}
+    return Prepared(tokenizer, tables, neighbours, ngrams, fingerprints)
 
 
 def built_stages(data_dir: Path) -> dict[str, str]:
