@@ -27,6 +27,7 @@ from retro_jax.evaluation.overlap import overlap_shares
 from retro_jax.evaluation.report import draw_overlap, in_words
 from retro_jax.evaluation.scores import ChunkScores, load_scores, loss_step, save_scores, score_chunks
 from retro_jax.model import Retro
+from retro_jax.training.step import compute_dtype
 
 if TYPE_CHECKING:
     from retro_jax.prepare import Prepared
@@ -54,9 +55,9 @@ def evaluate_perplexity(
     ``perplexity-<split>/``; sums that stand there for the same parameters, data and settings are not computed again.
 
     Args:
-        config: its evaluation, chunks, and ``training.loss_chunk`` are read.
+        config: its evaluation, chunks, and ``training``'s precision and loss_chunk are read.
         prepared: the data stages' artefacts.
-        models: by name, in the dtype to compute in. A model with retrieval is scored in three modes: with its neighbours,
+        models: by name, with float32 parameters. A model with retrieval is scored in three modes: with its neighbours,
             without, and with another chunk's.
         folder: where results go.
         steps: the checkpoint's step of each model, for the record.
@@ -119,6 +120,7 @@ def _scored(one: Pass, config: Config, prepared: Prepared, rows: HeldOutRows, fo
         "chunks": dataclasses.asdict(config.chunks),
         "windows": [evaluation.split, evaluation.window, evaluation.stride, evaluation.max_documents],
         "seed": evaluation.seed if one.mode == "shuffled" else None,
+        "dtype": str(compute_dtype(config.training)),
     }
     key = hashlib.sha256(json.dumps(reads, sort_keys=True).encode()).hexdigest()
     path = folder / f"{one.row.replace(' ', '-')}.npz"
@@ -129,7 +131,7 @@ def _scored(one: Pass, config: Config, prepared: Prepared, rows: HeldOutRows, fo
             file=sys.stderr,
         )
         return stored[0]
-    step = loss_step(one.model, retrieval=one.mode in ("on", "shuffled"), loss_chunk=config.training.loss_chunk)
+    step = loss_step(one.model, config.training, retrieval=one.mode in ("on", "shuffled"))
     partial = path.with_suffix(".partial.npz")
     scores = score_chunks(
         step,

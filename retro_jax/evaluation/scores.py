@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import time
 from collections.abc import Callable
@@ -14,12 +15,14 @@ import numpy as np
 from flax import nnx
 
 from retro_jax.artefact import write_bytes
+from retro_jax.config import TrainConfig
 from retro_jax.data.batch import Batch
 from retro_jax.data.held_out import HeldOutRows, held_out_batches, target_chunks
 from retro_jax.data.reader import RowReader
 from retro_jax.model import Retro
 from retro_jax.progress import progress_bar
 from retro_jax.training.loss import token_losses
+from retro_jax.training.step import cast, compute_dtype
 
 if TYPE_CHECKING:
     from retro_jax.corpus.tokenizer import Tokenizer
@@ -44,23 +47,24 @@ class ChunkScores:
         return self.nats_N / np.log(2.0)
 
 
-def loss_step(model: Retro, *, retrieval: bool, loss_chunk: int) -> Step:
+def loss_step(model: Retro, config: TrainConfig, *, retrieval: bool) -> Step:
     """A compiled function from a batch to its losses in nats, float32 [B, T], 0 where the target does not count.
 
     Args:
-        model: in the dtype to compute in.
+        model: with its float32 parameters.
+        config: tells the dtype to compute in, and how many tokens' logits exist at a time.
         retrieval: False leaves the retrieval path out.
-        loss_chunk: how many tokens' logits exist at a time.
     """
     graph, state = nnx.split(model)
+    state = cast(state, compute_dtype(config))
+    return lambda batch: _losses(graph, state, jax.device_put(batch), retrieval=retrieval, chunk=config.loss_chunk)
 
-    @jax.jit
-    def step(state: nnx.State, batch: Batch) -> jax.Array:
-        merged = nnx.merge(graph, state)
-        hidden_BTD = merged(batch, retrieval=retrieval)
-        return token_losses(hidden_BTD, merged.output_table_VD(), batch.targets, chunk=loss_chunk) * batch.loss_mask
 
-    return lambda batch: step(state, jax.device_put(batch))
+@functools.partial(jax.jit, static_argnums=0, static_argnames=("retrieval", "chunk"))
+def _losses(graph: nnx.GraphDef, state: nnx.State, batch: Batch, *, retrieval: bool, chunk: int) -> jax.Array:
+    model = nnx.merge(graph, state)
+    hidden_BTD = model(batch, retrieval=retrieval)
+    return token_losses(hidden_BTD, model.output_table_VD(), batch.targets, chunk=chunk) * batch.loss_mask
 
 
 def score_chunks(
