@@ -24,7 +24,13 @@ Block = Mapping[str, np.ndarray]
 
 
 def run_blocks(
-    folder: Path, compute: Callable[..., Block], tasks: Iterable[tuple], *, workers: int, description: str, total: int | None = None
+    folder: Path,
+    compute: Callable[..., Block],
+    tasks: Iterable[tuple],
+    *,
+    workers: int,
+    description: str,
+    total: int | None = None,
 ) -> int:
     """Store ``compute(*task)`` of the i-th task as block i under ``folder/blocks``; blocks already there are not computed.
 
@@ -131,10 +137,12 @@ def _run_in_processes(
                     running.add(pool.submit(_compute_block, blocks, n, compute, task))
         except BrokenProcessPool:
             raise UserError(
-                "a worker process died (out of memory?); run again to continue where it stopped, with fewer workers if it dies again"
+                "a worker process died (out of memory?); run again to continue where it stopped, "
+                "with fewer workers if it dies again"
             ) from None
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+        except BaseException as error:
+            # After an ordinary exception nothing may write into the folder any more: the caller may remove it.
+            pool.shutdown(wait=isinstance(error, Exception), cancel_futures=True)
             raise
 
 

@@ -16,7 +16,7 @@ from retro_jax.errors import UserError
 
 CHUNKS = "chunks"
 # Documents cut at a time: memory does not grow with the corpus.
-CUT_DOCUMENTS = 2**18
+CUT_DOCUMENTS = 2**12
 
 
 class ChunkTable:

@@ -1,7 +1,7 @@
 """The source ``python-docs``: the documentation of the running Python, read without importing what it documents.
 
 A document is one of ``pydoc``'s topics, a module's own docstring with those of its functions, or a class's docstring with
-those of its members. Definitions without a docstring, and docstrings seen before, are left out; so are tests.
+those of its members. Definitions without a docstring are left out, and so are texts seen before, and tests.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ def python_documents() -> tuple[Document, ...]:
     Raises:
         UserError: this Python is installed without its documentation or its library's source files.
     """
-    documents = tuple(_topics()) + tuple(_docstrings())
+    seen: set[str] = set()
+    documents = tuple(_topics(seen)) + tuple(_docstrings(seen))
     if not documents:
         raise UserError(
             f"source 'python-docs' found no .py files in {_library()}; install Python with its library's sources, or name files"
@@ -71,13 +72,14 @@ def _topic_texts() -> dict[str, str]:
     return topics
 
 
-def _topics() -> Iterator[Document]:
+def _topics(seen: set[str]) -> Iterator[Document]:
     for name, text in sorted(_topic_texts().items()):
-        yield Document(text=text.strip() + "\n", group=f"topics/{name}", title=name, where=f"python-docs topic {name}")
+        if text not in seen:  # some topics have two names
+            seen.add(text)
+            yield Document(text=text.strip() + "\n", group=f"topics/{name}", title=name, where=f"python-docs topic {name}")
 
 
-def _docstrings() -> Iterator[Document]:
-    seen: set[str] = set()
+def _docstrings(seen: set[str]) -> Iterator[Document]:
     for path in _modules():
         relative = path.relative_to(_library())
         module = ".".join(relative.with_suffix("").parts).removesuffix(".__init__")

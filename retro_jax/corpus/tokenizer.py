@@ -92,8 +92,8 @@ class JsonTokenizer(Tokenizer):
         self.bos_id, self.eod_id = bos_id, eod_id
         self.vocab_size = max(model.get_vocab(with_added_tokens=True).values()) + 1
         self._bytes = tokenizer_json_bytes(json.loads(model.to_str()), self.vocab_size)
-        self._bytes[[token for token in (bos_id, eod_id) if token is not None]] = 0
         self._unknown_id, self._droppable = _ways_to_lose_text(model)
+        self._bytes[[token for token in (bos_id, eod_id, self._unknown_id) if token is not None]] = 0
 
     def encode_batch(self, texts: Sequence[str], where: Sequence[str] | None = None) -> list[np.ndarray]:
         if self._droppable:
