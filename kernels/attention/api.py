@@ -41,7 +41,10 @@ def attention(
     """
     (X, Q, N, H), (Xk, S, G, Hk) = q_XQNH.shape, k_XSGH.shape
     if (X, H) != (Xk, Hk) or k_XSGH.shape != v_XSGH.shape or N % G:
-        raise ValueError(f"attention: q {q_XQNH.shape}, k {k_XSGH.shape}, v {v_XSGH.shape} do not fit [X,Q,N,H], [X,S,G,H], N % G == 0")
+        raise ValueError(
+            f"attention: q {q_XQNH.shape}, k {k_XSGH.shape}, v {v_XSGH.shape} do not fit "
+            "[X,Q,N,H], [X,S,G,H], [X,S,G,H] with N a multiple of G"
+        )
     if mask_XQS is not None and mask_XQS.shape not in ((X, Q, S), (X, 1, S)):
         raise ValueError(f"attention: mask {mask_XQS.shape} is neither {(X, Q, S)} nor {(X, 1, S)}")
     if dropout > 0.0 and dropout_key is None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from retro_jax.kernels.precision import accumulation_dtype
+
 
 def attention(
     q_XQNH: jax.Array,
@@ -17,7 +19,7 @@ def attention(
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
     """See :func:`retro_jax.kernels.attention.attention`."""
-    wide = jnp.promote_types(q_XQNH.dtype, jnp.float32)
+    wide = accumulation_dtype(q_XQNH.dtype)
     N, H, G = q_XQNH.shape[2], q_XQNH.shape[3], k_XSGH.shape[2]
     q = q_XQNH.astype(wide)
     k = jnp.repeat(k_XSGH.astype(wide), N // G, axis=2)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from retro_jax.kernels.attention import reference
+from retro_jax.kernels.precision import accumulation_dtype
 
 # Stands for -inf where a finite number keeps exp and differences free of NaN.
 LOWEST = -1e30
@@ -47,7 +48,7 @@ def _attention(q_XGPH, k_XGSH, v_XGSH, mask_XQS, null_GP):
 
 def _product(dims: str, a, b):
     """einsum accumulated in float32, or in float64 for float64 operands."""
-    return jnp.einsum(dims, a, b, preferred_element_type=jnp.promote_types(a.dtype, jnp.float32))
+    return jnp.einsum(dims, a, b, preferred_element_type=accumulation_dtype(a.dtype))
 
 
 def _scores(q_XGPH, k_XGSH, mask_XQS):

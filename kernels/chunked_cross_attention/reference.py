@@ -23,8 +23,8 @@ def chunked_cross_attention(
     """See :func:`retro_jax.kernels.chunked_cross_attention.chunked_cross_attention`; memory grows with T * S."""
     B, T, N, H = q_BTNH.shape
     L, S, G = k_BLSGH.shape[1:4]
-    first_B = jnp.full((B,), chunk_len) if first_chunk_len_B is None else first_chunk_len_B
-    chunk_BT = (jnp.arange(T)[None, :] - first_B[:, None] + 1) // chunk_len
+    first_B = jnp.full((B,), chunk_len, jnp.int32) if first_chunk_len_B is None else first_chunk_len_B
+    chunk_BT = (jnp.arange(T, dtype=jnp.int32)[None, :] - first_B[:, None] + 1) // chunk_len
     reads_BT = (chunk_BT >= 0) & (chunk_BT < L)
     rows_B1 = jnp.arange(B)[:, None]
     read = jnp.clip(chunk_BT, 0, L - 1)

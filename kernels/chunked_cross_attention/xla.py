@@ -39,21 +39,21 @@ def chunked_cross_attention(
 
 def to_readers(x_BTNH: jax.Array, num_chunks: int, chunk_len: int, first_chunk_len_B: jax.Array | None) -> jax.Array:
     """[B, T, ...] to [B, L * C, ...]: row f - 1 + i at place i, zeros past the row's end."""
-    B, T = x_BTNH.shape[:2]
+    T = x_BTNH.shape[1]
     width = num_chunks * chunk_len
     if first_chunk_len_B is None:
         return _pad(x_BTNH[:, chunk_len - 1 :], 0, width - (T - chunk_len + 1))
-    at_BW = first_chunk_len_B[:, None] - 1 + jnp.arange(width)[None, :]
+    at_BW = first_chunk_len_B[:, None] - 1 + jnp.arange(width, dtype=jnp.int32)[None, :]
     moved = jnp.take_along_axis(x_BTNH, jnp.clip(at_BW, 0, T - 1)[:, :, None, None], axis=1)
     return jnp.where((at_BW < T)[:, :, None, None], moved, jnp.zeros_like(moved))
 
 
 def from_readers(o_BWNH: jax.Array, length: int, chunk_len: int, first_chunk_len_B: jax.Array | None) -> jax.Array:
     """The inverse of :func:`to_readers`: zeros before row f - 1, and past the last chunk's readers."""
-    B, width = o_BWNH.shape[:2]
+    width = o_BWNH.shape[1]
     if first_chunk_len_B is None:
         return _pad(o_BWNH[:, : length - chunk_len + 1], chunk_len - 1, 0)
-    at_BT = jnp.arange(length)[None, :] - first_chunk_len_B[:, None] + 1
+    at_BT = jnp.arange(length, dtype=jnp.int32)[None, :] - first_chunk_len_B[:, None] + 1
     moved = jnp.take_along_axis(o_BWNH, jnp.clip(at_BT, 0, width - 1)[:, :, None, None], axis=1)
     return jnp.where(((at_BT >= 0) & (at_BT < width))[:, :, None, None], moved, jnp.zeros_like(moved))
 

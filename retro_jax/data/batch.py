@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import Any, NamedTuple
 
-import numpy as np
-
-if TYPE_CHECKING:  # the pipeline's worker processes read batches without JAX
-    import jax
-
-    Array = np.ndarray | jax.Array
+Array = Any  # NumPy's in the pipeline, whose worker processes run without JAX; JAX's in the model
 
 
 class Batch(NamedTuple):

@@ -138,6 +138,6 @@ class FeedForward(nnx.Module):
 def causal_mask(segments_BT: jax.Array) -> jax.Array:
     """bool [B, T, T]: a token sees itself and what came before it in its document; padding sees and shows nothing."""
     T = segments_BT.shape[1]
-    causal = jnp.arange(T)[:, None] >= jnp.arange(T)[None, :]
+    causal = jnp.arange(T, dtype=jnp.int32)[:, None] >= jnp.arange(T, dtype=jnp.int32)[None, :]
     same = (segments_BT[:, :, None] == segments_BT[:, None, :]) & (segments_BT > 0)[:, :, None]
     return causal[None] & same

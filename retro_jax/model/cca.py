@@ -11,7 +11,7 @@ from retro_jax.config import ModelConfig
 from retro_jax.kernels.chunked_cross_attention import chunked_cross_attention
 from retro_jax.model.attention import AttentionProjections, BlockShape
 from retro_jax.model.grid import reader_positions
-from retro_jax.model.layers import constant, dropout, parameter, rotate, split_key
+from retro_jax.model.layers import Initializer, constant, dropout, parameter, rotate, split_key
 
 
 class Neighbours(NamedTuple):
@@ -34,9 +34,11 @@ class ChunkedCrossAttention(AttentionProjections):
         super().__init__(shape, neighbour_width, key=own_key)
         self.shape, self.retro = shape, retro
         width = retro.conv_width
-        start = _previous_token if retro.cca_init == "copy" else _current_token
-        self.key_conv = parameter(start_key, "taps kv_width", (width, neighbour_width), start) if width > 1 else None
-        self.query_conv = parameter(start_key, "taps width", (width, config.width), _current_token) if width > 1 else None
+        first = {"standard": 0, "copy": 1}[retro.cca_init]
+        decay = {"standard": 0.0, "copy": 0.5}[retro.cca_init]
+        key_start, query_start = _falling_taps(first, decay), _falling_taps(0, decay)
+        self.key_conv = parameter(start_key, "taps kv_width", (width, neighbour_width), key_start) if width > 1 else None
+        self.query_conv = parameter(start_key, "taps width", (width, config.width), query_start) if width > 1 else None
         self.null_logit = parameter(start_key, "heads", (config.num_heads,), constant(0.0)) if retro.null_key else None
         self.gate = parameter(start_key, "", (), constant(1.0)) if retro.gate == "learned" else None
         if retro.cca_init == "copy":
@@ -52,7 +54,7 @@ class ChunkedCrossAttention(AttentionProjections):
         if retro.cca_positions == "rotary":
             rotary = {"fraction": shape.rotary_fraction, "base": shape.rotary_base, "scale": 1.0}
             q_BTNH = rotate(q_BTNH, reader_positions(T, chunk_len, neighbours.first_chunk_len_B), **rotary)
-            k_XRGH = rotate(k_XRGH, jnp.arange(R)[None, :], **rotary)
+            k_XRGH = rotate(k_XRGH, jnp.arange(R, dtype=jnp.int32)[None, :], **rotary)
         o_BTNH = chunked_cross_attention(
             q_BTNH,
             k_XRGH.reshape(B, L, K * R, *k_XRGH.shape[2:]),
@@ -89,8 +91,8 @@ class ChunkedCrossAttention(AttentionProjections):
                 f"{N} x {H}, {neighbour_width}, {D} and {config.kv_heads} key/value heads; set cca_init='standard'"
             )
         key_key, value_key = jax.random.split(key)
-        keys = jax.random.orthogonal(key_key, D).reshape(D, N, H)
-        values = jax.random.orthogonal(value_key, D)
+        keys = jax.random.orthogonal(key_key, D, dtype=jnp.float32).reshape(D, N, H)
+        values = jax.random.orthogonal(value_key, D, dtype=jnp.float32)
         self.query.weight[...] = keys
         self.key_value.weight[...] = jnp.stack([keys, values.reshape(D, N, H)], axis=1)
         self.out.weight[...] = self.retro.copy_strength * values.T.reshape(N, H, D)
@@ -109,10 +111,11 @@ def causal_convolution(x_XTD: jax.Array, taps_WD: jax.Array, segments_XT: jax.Ar
     return y
 
 
-def _current_token(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    return jnp.zeros(shape).at[0].set(1.0)
+def _falling_taps(first: int, decay: float) -> Initializer:
+    """Taps of 1 at ``first``, falling by ``decay`` from there, of length 1."""
 
+    def init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+        taps_W = jnp.asarray([0.0 if w < first else decay ** (w - first) for w in range(shape[0])])
+        return jnp.broadcast_to((taps_W / jnp.sqrt((taps_W * taps_W).sum()))[:, None], shape)
 
-def _previous_token(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    return jnp.zeros(shape).at[1].set(1.0)
-
+    return init

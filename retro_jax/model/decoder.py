@@ -115,6 +115,3 @@ def runs(num_layers: int, cca_layers: tuple[int, ...]) -> list[tuple[tuple[bool,
 def key_for(key: jax.Array | None, number: int) -> jax.Array | None:
     """The dropout key of part ``number`` of the model."""
     return None if key is None else jax.random.fold_in(key, number)
-
-
-

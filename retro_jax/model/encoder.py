@@ -1,4 +1,4 @@
-"""The neighbour encoder: bidirectional layers over each neighbour, conditioned once on the decoder's chunk (RETRO, section 2.3)."""
+"""The neighbour encoder: bidirectional layers over each neighbour, conditioned on the chunk that asks (RETRO, section 2.3)."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ def encoder_shape(config: ModelConfig) -> BlockShape:
         head_dim=width // heads if own_heads else decoder.head_dim,
         ffn_dim=encoder.ffn_dim or (4 * width if encoder.width else decoder.ffn_dim),
         positions=encoder.positions,
+        rotary_scale=1.0,  # interpolation is for longer rows; neighbours keep their length
         dropout=encoder.dropout,
         attention_dropout=encoder.attention_dropout,
     )
@@ -109,7 +110,7 @@ class NeighbourEncoder(nnx.Module):
         B, L, K, R, D = embedded_BLKRD.shape
         C = chunks_BLCD.shape[2]
         keys = split_key(key, len(self.layers) + 1)
-        positions_1R = jnp.arange(R)[None, :]
+        positions_1R = jnp.arange(R, dtype=jnp.int32)[None, :]
         e = embedded_BLKRD.reshape(B * L * K, R, D)
         if self.position is not None:
             e = e + self.position(positions_1R)

@@ -10,13 +10,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from retro_jax.config import Activation, Norm
+from retro_jax.kernels.precision import accumulation_dtype
 
 Initializer = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 
 
 def normal(std: float) -> Initializer:
     """Initialiser: independent normal numbers of standard deviation ``std``."""
-    return lambda key, shape: std * jax.random.normal(key, shape)
+    return lambda key, shape: std * jax.random.normal(key, shape, jnp.float32)
 
 
 def constant(value: float) -> Initializer:
@@ -44,7 +45,7 @@ class NormLayer(nnx.Module):
 
 def normalise(x: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None, *, kind: Norm, eps: float) -> jax.Array:
     """The norm of ``kind`` over the last dim; statistics in float32 (float64 for float64), result in x's dtype."""
-    wide = jnp.promote_types(x.dtype, jnp.float32)
+    wide = accumulation_dtype(x.dtype)
     y = x.astype(wide)
     if kind != "rmsnorm":
         y = y - y.mean(-1, keepdims=True)
@@ -65,7 +66,9 @@ class Linear(nnx.Module):
         in_shape, out_shape: sizes of the input and output dims.
     """
 
-    def __init__(self, dims: str, in_shape: tuple[int, ...], out_shape: tuple[int, ...], *, bias: bool, init: Initializer, key: jax.Array):
+    def __init__(
+        self, dims: str, in_shape: tuple[int, ...], out_shape: tuple[int, ...], *, bias: bool, init: Initializer, key: jax.Array
+    ) -> None:
         self.in_dims = len(in_shape)
         self.weight = parameter(key, dims, (*in_shape, *out_shape), init)
         out_names = " ".join(dims.split()[len(in_shape) :])

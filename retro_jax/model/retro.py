@@ -14,7 +14,7 @@ from retro_jax.model.attention import causal_mask
 from retro_jax.model.cca import Neighbours
 from retro_jax.model.decoder import DecoderLayer, Row, Stack, key_for, runs
 from retro_jax.model.encoder import NeighbourEncoder
-from retro_jax.model.grid import in_chunks, reads
+from retro_jax.model.grid import chunk_tokens, in_chunks, reads
 from retro_jax.model.layers import Embedding, NormLayer, dropout, normal, split_key
 
 
@@ -39,7 +39,8 @@ class Retro(nnx.Module):
         self.position = Embedding("position width", config.max_positions, D, init=init, key=keys[1]) if learned else None
         parts = runs(config.num_layers, config.cca_layers)
         part_keys = jax.random.split(keys[2], len(parts))
-        self.decoder = nnx.List(Stack(config, pattern, count, key=k) for (pattern, count), k in zip(parts, part_keys, strict=True))
+        stacks = (Stack(config, pattern, count, key=k) for (pattern, count), k in zip(parts, part_keys, strict=True))
+        self.decoder = nnx.List(stacks)
         self.encoder = NeighbourEncoder(config, key=keys[3]) if config.retro is not None else None
         self.final_norm = NormLayer(config.norm, config.width, config.norm_eps, key=keys[4]) if config.final_norm else None
         self.output = None if config.tied_embedding else Embedding("vocab width", V, D, init=init, key=keys[5])
@@ -51,7 +52,12 @@ class Retro(nnx.Module):
             batch: rows and their neighbours.
             retrieval: False leaves the retrieval path out, as if every neighbour were absent.
             dropout_key: seeds dropout and neighbour dropout; None: neither.
+
+        Raises:
+            ValueError: rows longer than the position table, or off the grid without ``first_chunk_len``.
         """
+        self._check(batch)
+        batch = jax.tree.map(jnp.asarray, batch)
         x_BTD = dropout(self._embed(batch.tokens, batch.positions), self.config.dropout, key_for(dropout_key, 0))
         row = Row(causal_mask(batch.segments), batch.positions)
         retro = self.config.retro
@@ -68,6 +74,22 @@ class Retro(nnx.Module):
     def output_table_VD(self) -> jax.Array:
         """The output layer's table [V, D]: the embedding's where they are tied."""
         return (self.embedding if self.output is None else self.output).table[...]
+
+    def _check(self, batch: Batch) -> None:
+        T, config = batch.tokens.shape[1], self.config
+        L, K, R = batch.neighbours.shape[1:]
+        if self.position is not None and config.max_positions < T:
+            raise ValueError(f"rows of {T} tokens do not fit ModelConfig.max_positions={config.max_positions}; raise it")
+        if config.retro is None or K == 0:
+            return
+        chunks = config.retro.chunks
+        if batch.first_chunk_len is None and L * chunks.chunk_len != T:
+            raise ValueError(
+                f"Batch has {T} tokens and neighbours of {L} chunks of ChunkConfig.chunk_len={chunks.chunk_len}; "
+                "give Batch.first_chunk_len, or cut rows on the grid"
+            )
+        if self.encoder is not None and self.encoder.position is not None and chunks.retrieved_len < R:
+            raise ValueError(f"neighbours of {R} tokens do not fit ChunkConfig.retrieved_len={chunks.retrieved_len}; raise it")
 
     def _embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
         x_BTD = self.embedding(tokens_BT)
@@ -95,8 +117,8 @@ class Retro(nnx.Module):
         if retro.neighbour_dropout > 0.0 and hide_key is not None:
             shown_BL = jax.random.bernoulli(hide_key, 1.0 - retro.neighbour_dropout, mask_BLKR.shape[:2])
             mask_BLKR = mask_BLKR & shown_BL[:, :, None, None]
-        chunks_BLCD, in_row_BLC = in_chunks(normed_BTD, L, C, batch.first_chunk_len)
-        segments_BLC1, _ = in_chunks(batch.segments[:, :, None], L, C, batch.first_chunk_len)
+        chunks_BLCD, _ = in_chunks(normed_BTD, L, C, batch.first_chunk_len)
+        chunk_mask_BLC = chunk_tokens(batch.segments, L, C, batch.first_chunk_len, cross_document=retro.cross_document)
         reads_BT = reads(
             batch.segments,
             mask_BLKR.any((2, 3)),
@@ -105,7 +127,7 @@ class Retro(nnx.Module):
             cross_document=retro.cross_document,
         )
         attended_BLKR = mask_BLKR if retro.encoder.padding == "masked" else jnp.ones_like(mask_BLKR)
-        encoded = encoder(self._embed_neighbours(batch.neighbours, R), mask_BLKR, chunks_BLCD, in_row_BLC & (segments_BLC1[..., 0] > 0), encoder_key)
+        encoded = encoder(self._embed_neighbours(batch.neighbours, R), mask_BLKR, chunks_BLCD, chunk_mask_BLC, encoder_key)
         return Neighbours(encoded, attended_BLKR, reads_BT, batch.segments, batch.first_chunk_len)
 
     def _embed_neighbours(self, neighbours_BLKR: jax.Array, length: int) -> jax.Array:
@@ -115,7 +137,7 @@ class Retro(nnx.Module):
         e_BLKRD = self.embedding(neighbours_BLKR)
         # Megatron: with learned positions the decoder's table serves the neighbours too.
         if self.position is not None and self.encoder.config.positions == "learned":
-            e_BLKRD = e_BLKRD + self.position(jnp.arange(length))[None, None, None]
+            e_BLKRD = e_BLKRD + self.position(jnp.arange(length, dtype=jnp.int32))[None, None, None]
         return e_BLKRD
 
 
@@ -128,7 +150,9 @@ def with_vocab(config: ModelConfig, tokenizer_size: int) -> ModelConfig:
     if config.vocab_size is None:
         return dataclasses.replace(config, vocab_size=-(-tokenizer_size // config.vocab_multiple) * config.vocab_multiple)
     if config.vocab_size < tokenizer_size:
-        raise ValueError(f"ModelConfig.vocab_size={config.vocab_size} is below the tokenizer's {tokenizer_size}; raise it, or leave it None")
+        raise ValueError(
+            f"ModelConfig.vocab_size={config.vocab_size} is below the tokenizer's {tokenizer_size}; raise it, or leave it None"
+        )
     return config
 
 
