@@ -24,8 +24,8 @@ from retro_jax.gin_config import config_json, config_text, find_config, load_con
 USER_ERROR, INTERRUPTED = 2, 130
 TRACEBACK = "RETRO_JAX_TRACEBACK"
 STORED_TEXT, STORED_JSON = "config.gin", "config.json"
-# Settings of a training run that may change between two starts in the same workdir; the others decide what the checkpoints mean.
-FREE_CLASSES = ("EvalConfig",)
+# What may change between two starts in a workdir with checkpoints; all else decides what the parameters and the rows mean.
+FREE_CLASSES = ("OptimizerConfig", "TrainConfig", "EvalConfig")
 FREE_FIELDS = (
     "Config.data_dir",
     "CorpusConfig.workers",
@@ -35,14 +35,6 @@ FREE_FIELDS = (
     "DataConfig.workers",
     "DataConfig.prefetch",
     "ModelConfig.implementation",
-    "TrainConfig.steps",
-    "TrainConfig.baselines",
-    "TrainConfig.loss_chunk",
-    "TrainConfig.log_every",
-    "TrainConfig.checkpoint_every",
-    "TrainConfig.keep",
-    "TrainConfig.valid_every",
-    "TrainConfig.valid_batches",
 )
 
 

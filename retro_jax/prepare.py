@@ -18,8 +18,18 @@ from retro_jax.errors import UserError
 from retro_jax.retrieval.neighbours import NeighbourTable, build_neighbours
 from retro_jax.retrieval.ngrams import NgramLookup, build_ngrams
 
-# In the order in which they are made: each is made from some of those before it. The folder and the kind have the same name.
-STAGES = ("tokenizer", "tokens", "chunks", "ngrams", "embedder", "vectors", "index", "neighbours")
+# What each artefact is made from, in the order in which they are made. Its folder and its kind have the same name.
+MADE_FROM = {
+    "tokenizer": (),
+    "tokens": ("tokenizer",),
+    "chunks": ("tokens",),
+    "ngrams": ("chunks",),
+    "embedder": ("chunks",),
+    "vectors": ("embedder",),
+    "index": ("vectors",),
+    "neighbours": ("index",),
+}
+STAGES = tuple(MADE_FROM)
 Made = TypeVar("Made")
 
 
@@ -67,15 +77,18 @@ def built_stages(data_dir: Path) -> dict[str, str]:
 
 
 def remove_stage(data_dir: Path, stage: str) -> list[str]:
-    """Delete an artefact and all that may be made from it; returns the names of those that were there.
+    """Delete an artefact and all that are made from it; returns the names of those that were there.
 
     Raises:
         UserError: there is no such stage.
     """
     if stage not in STAGES:
         raise UserError(f"--rebuild {stage} names no stage; choose one of {', '.join(STAGES)}")
-    states = built_stages(data_dir)
-    removed = [name for name in STAGES[STAGES.index(stage) :] if states[name] != "missing"]
+    states, made = built_stages(data_dir), {stage}
+    for name, inputs in MADE_FROM.items():
+        if made.intersection(inputs):
+            made.add(name)
+    removed = [name for name in STAGES if name in made and states[name] != "missing"]
     for name in reversed(removed):
         remove_artefact(Path(data_dir) / name)
     return removed

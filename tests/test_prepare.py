@@ -11,7 +11,7 @@ import pytest
 
 from retro_jax.cli import STORED_JSON, STORED_TEXT, main
 from retro_jax.gin_config import load_config
-from retro_jax.prepare import STAGES, built_stages, prepare
+from retro_jax.prepare import MADE_FROM, STAGES, built_stages, prepare
 
 SETTINGS = """
 CorpusConfig.sources = ('{corpus}',)
@@ -62,6 +62,18 @@ def test_every_stage_is_built_once(config_file: Path, capsys: pytest.CaptureFixt
     assert manifests == {stage: (run / "data" / stage / "manifest.json").read_bytes() for stage in STAGES}
 
 
+def test_what_is_made_from_what_is_as_the_manifests_say(config_file: Path) -> None:
+    assert command(config_file) == 0
+    data = config_file.parent / "run" / "data"
+    manifests = {stage: json.loads((data / stage / "manifest.json").read_text()) for stage in STAGES}
+    names = {manifest["fingerprint"]: stage for stage, manifest in manifests.items()}
+    ancestors: dict[str, set[str]] = {}
+    for stage, inputs in MADE_FROM.items():
+        ancestors[stage] = set(inputs).union(*(ancestors[name] for name in inputs))
+        recorded = {names[value] for value in manifests[stage]["inputs"].values() if value in names}
+        assert set(inputs) <= recorded <= ancestors[stage]
+
+
 def test_counts_and_tables_agree(config_file: Path) -> None:
     lines: list[str] = []
     data_dir = config_file.parent / "data"
@@ -86,6 +98,8 @@ def test_rebuild_makes_the_stage_and_what_follows_anew(config_file: Path, capsys
     assert [line.split()[0] for line in output.splitlines() if line.endswith("removed")] == ["vectors", "index", "neighbours"]
     after = {stage: (data / stage / "manifest.json").stat().st_mtime_ns for stage in STAGES}
     assert {stage for stage in STAGES if before[stage] != after[stage]} == {"vectors", "index", "neighbours"}
+    assert command(config_file, "--rebuild", "ngrams") == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines() if line.endswith("removed")] == ["ngrams"]
     assert command(config_file, "--rebuild", "vector") == 2
     assert "choose one of tokenizer, tokens, chunks" in capsys.readouterr().err
     assert built_stages(data) == dict.fromkeys(STAGES, "built")

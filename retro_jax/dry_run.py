@@ -1,0 +1,69 @@
+"""What a run would do, without doing it: its settings, parameters, data stages, steps and tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from retro_jax.artefact import open_artefact
+from retro_jax.config import ModelConfig
+from retro_jax.cli import Run
+from retro_jax.gin_config import config_text
+from retro_jax.model import count_parameters, with_vocab
+from retro_jax.prepare import built_stages
+from retro_jax.training.twins import model_name, twin
+
+
+def describe_run(run: Run) -> str:
+    """The resolved config and what would happen with it; nothing is written.
+
+    Raises:
+        UserError: the config names baselines that it cannot have, or an artefact is corrupted.
+    """
+    states = built_stages(run.data_dir)
+    parts = [
+        config_text(run.config),
+        f"workdir: {run.workdir} ({'there' if run.workdir.exists() else 'to be made'})",
+        "data: " + ", ".join(f"{stage} {'to build' if state == 'missing' else state}" for stage, state in states.items()),
+        *_models(run, states),
+        *_steps(run, states),
+    ]
+    return "\n".join(parts)
+
+
+def models_of(config: ModelConfig, baselines: tuple) -> dict[str, ModelConfig]:
+    """Every model that a run trains, by name, the main one first."""
+    return {model_name(config): config} | {baseline: twin(config, baseline) for baseline in baselines}
+
+
+def _models(run: Run, states: dict[str, str]) -> list[str]:
+    config, tokenizer = run.config, run.config.tokenizer
+    if states["tokenizer"] == "built":
+        vocab = int(open_artefact(run.data_dir / "tokenizer", "tokenizer").summary["vocab_size"])
+    elif tokenizer.kind == "train_bpe":
+        vocab = tokenizer.vocab_size
+    elif config.model.vocab_size is not None:
+        vocab = config.model.vocab_size
+    else:
+        return [f"parameters: known when the tokenizer {tokenizer.path} is loaded (run prepare), or with ModelConfig.vocab_size"]
+    models = models_of(with_vocab(config.model, vocab), config.training.baselines)
+    return [f"model {name}: {count_parameters(model):,} parameters" for name, model in models.items()]
+
+
+def _steps(run: Run, states: dict[str, str]) -> list[str]:
+    data, training = run.config.data, run.config.training
+    tokens = data.seq_len * data.batch_size
+    lines = [
+        f"steps: {training.steps:,} a model, each {data.batch_size} rows of {data.seq_len} tokens: "
+        f"{tokens:,} tokens a step, {tokens * training.steps:,} in all (padding counted)"
+    ]
+    if states["chunks"] == "built":
+        train = open_artefact(run.data_dir / "chunks", "chunks").summary["splits"]["train"]
+        grid = train["chunks"] * run.config.chunks.chunk_len
+        lines.append(f"training text: {train['tokens']:,} tokens in {train['chunks']:,} chunks; {tokens * training.steps / grid:.2f} epochs")
+    for folder in sorted((run.workdir / "models").glob("*/checkpoints")):
+        lines.append(f"model {folder.parent.name}: step {_last(folder):,} is done, {max(training.steps - _last(folder), 0):,} to go")
+    return lines
+
+
+def _last(checkpoints: Path) -> int:
+    return max((int(path.name) for path in checkpoints.iterdir() if path.name.isdecimal()), default=0)
