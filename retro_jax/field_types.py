@@ -64,6 +64,22 @@ def nested_config(hint: Any) -> tuple[type | None, bool]:
     return (classes[0] if classes else None), type(None) in alternatives  # type: ignore[return-value]
 
 
+def config_from_plain(config_class: type, plain: dict) -> Any:
+    """The config that :func:`retro_jax.config.resolved` made ``plain`` values (JSON) of.
+
+    Raises:
+        TypeError: a value is missing, unknown, or of another type.
+    """
+    values = {}
+    for name, value in plain.items():
+        if name not in field_hints(config_class):
+            raise TypeError(f"{config_class.__name__} has no {name}")
+        nested, _ = nested_config(hint := field_hints(config_class)[name])
+        inner = nested is not None and isinstance(value, dict)
+        values[name] = config_from_plain(nested, value) if inner else convert(value, hint)  # type: ignore[arg-type]
+    return config_class(**values)
+
+
 @functools.cache
 def field_hints(config_class: type) -> dict[str, Any]:
     """The resolved type of every field of a config class."""

@@ -1,0 +1,1 @@
+"""Batches -> a trained model: loss, optimizer, step, loop, checkpoints, metrics."""

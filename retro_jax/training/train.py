@@ -1,0 +1,147 @@
+"""From prepared data to trained models: the main one and its baselines, on identical rows."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import jax
+import numpy as np
+
+from retro_jax.config import Config, ModelConfig, Split
+from retro_jax.data.batch import Batch
+from retro_jax.data.held_out import HeldOutRows, held_out_batches, held_out_rows
+from retro_jax.data.pipeline import training_batches
+from retro_jax.data.reader import RowReader
+from retro_jax.data.training_rows import describe_rows, training_rows
+from retro_jax.errors import UserError
+from retro_jax.model import count_parameters, with_vocab
+from retro_jax.training.curves import draw_curves
+from retro_jax.training.loop import Job, ValidBatches, fit
+from retro_jax.training.step import compute_dtype
+from retro_jax.training.twins import model_name, twin
+
+if TYPE_CHECKING:
+    from retro_jax.prepare import Prepared
+
+MODELS = "models"
+
+
+def train_all(config: Config, prepared: Prepared, workdir: Path, *, config_text: str = "") -> dict[str, Path]:
+    """Train the model and then its baselines, each from its last checkpoint; all see the same rows in the same order.
+
+    Args:
+        config: the run's settings.
+        prepared: tokenizer, chunks and neighbours.
+        workdir: gets ``models/<name>/`` for each model and ``curves.png``.
+        config_text: the config as its user would write it, stored in each checkpoint.
+
+    Returns:
+        Each model's folder, by name ("retro" or "gpt" first, then the baselines).
+    """
+    models = model_configs(config, prepared.tokenizer.vocab_size)
+    _say_rows(config, prepared)
+    folders = {}
+    for name, model in models.items():
+        folders[name] = workdir / MODELS / name
+        train(config, prepared, model, folders[name], name=name, config_text=config_text)
+        draw_curves(workdir)
+    return folders
+
+
+def model_configs(config: Config, tokenizer_size: int) -> dict[str, ModelConfig]:
+    """The models of a run by name, with their vocabulary.
+
+    Raises:
+        UserError: the vocabulary is too small, or a baseline cannot be made.
+    """
+    try:
+        main = with_vocab(config.model, tokenizer_size)
+    except ValueError as error:
+        raise UserError(str(error)) from None
+    return {model_name(main): main, **{name: twin(main, name) for name in config.training.baselines}}
+
+
+def train(
+    config: Config, prepared: Prepared, model_config: ModelConfig, folder: Path, *, name: str | None = None, config_text: str = ""
+) -> int:
+    """Train one model in ``folder``; see :func:`retro_jax.training.loop.fit` for what it returns and raises.
+
+    Args:
+        config: the run's settings; its model is not looked at.
+        prepared: tokenizer, chunks and neighbours.
+        model_config: the model, with ``vocab_size``.
+        folder: takes its checkpoints and metrics.
+        name: stands in what is printed; None: the folder's name.
+        config_text: stored in each checkpoint.
+    """
+    name = folder.name if name is None else name
+    table, weights = prepared.tables["train"], config.corpus.weights
+    batches = training_batches(
+        training_rows(table, config.data.seq_len, weights=weights),
+        _reader(config, prepared, model_config, "train"),
+        config.data,
+        weights=weights,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    valid = validation_batches(config, prepared, model_config)
+    data, training = config.data, config.training
+    print(
+        f"{name}: {count_parameters(model_config):,} parameters, {training.steps} steps of {data.batch_size} x {data.seq_len} "
+        f"tokens, {compute_dtype(training).name} on {jax.default_backend()}",
+        flush=True,
+    )
+    return fit(Job(name=name, config=config, model=model_config, folder=folder, config_text=config_text), batches, valid)
+
+
+def validation_batches(config: Config, prepared: Prepared, model_config: ModelConfig) -> ValidBatches | None:
+    """The same ``valid_batches`` batches at each validation, spread evenly over the windows of the valid split.
+
+    None where none is asked for.
+
+    Raises:
+        UserError: the valid split has no text.
+    """
+    wanted, batch_size = config.training.valid_batches, config.data.batch_size
+    if wanted == 0 or config.training.valid_every == 0:
+        return None
+    rows = held_out_rows(prepared.tables["valid"], window=config.data.seq_len, stride=config.data.seq_len)
+    if len(rows) == 0:
+        raise UserError(
+            "the valid split has no text to validate on; raise CorpusConfig.valid_fraction, or set TrainConfig.valid_every=0"
+        )
+    taken = np.unique(np.linspace(0, len(rows) - 1, wanted * batch_size).round().astype(np.int64))
+    spread = HeldOutRows(**{f.name: getattr(rows, f.name)[taken] for f in dataclasses.fields(rows)})
+    reader = _reader(config, prepared, model_config, "valid")
+
+    def batches() -> Iterable[tuple[Batch, np.ndarray]]:
+        return held_out_batches(spread, reader, batch_size)
+
+    return batches
+
+
+def _reader(config: Config, prepared: Prepared, model: ModelConfig, split: Split) -> RowReader:
+    reads = model.retro is not None and model.retro.gate != 0.0
+    return RowReader(
+        queries=prepared.tables[split],
+        database=prepared.tables["train"],
+        neighbours=prepared.neighbours[split] if reads else None,
+        chunks=config.chunks,
+        max_overlap=config.data.max_overlap,
+    )
+
+
+def _say_rows(config: Config, prepared: Prepared) -> None:
+    weights = config.corpus.weights
+    rows = training_rows(prepared.tables["train"], config.data.seq_len, weights=weights)
+    facts = describe_rows(rows, _reader(config, prepared, config.model, "train"), weights=weights)
+    epochs = config.training.steps * config.data.batch_size / facts["rows"]
+    told = (
+        f"rows: {facts['rows']:,} of {config.data.seq_len} tokens, {facts['padding_share']:.1%} padding, read {epochs:.2f} times"
+    )
+    if (short := facts["chunks_short_of_neighbours"]) is not None:
+        told += f"; {short:,} of {facts['chunks']:,} chunks have fewer than {config.chunks.num_neighbours} neighbours"
+    print(told, flush=True)
