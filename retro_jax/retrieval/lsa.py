@@ -11,7 +11,7 @@ from scipy.sparse import csr_matrix, vstack
 from sklearn.utils.extmath import randomized_svd
 
 from retro_jax.config import RetrievalConfig
-from retro_jax.errors import UserError
+from retro_jax.errors import BadInput
 from retro_jax.retrieval.chunk_texts import ChunkTexts
 from retro_jax.retrieval.tfidf import TfidfEmbedder
 
@@ -57,7 +57,7 @@ class LsaEmbedder:
         place_F[columns] = np.arange(len(columns), dtype=np.int32)
         rank = min(config.lsa_dim, sample_NF.shape[0], len(columns))
         if rank == 0:
-            raise UserError(
+            raise BadInput(
                 f"RetrievalConfig.embedder='lsa' finds no word that occurs in two of the {sample_NF.shape[0]} training chunks it "
                 "learns from; give more documents, or use 'tfidf'"
             )

@@ -19,6 +19,6 @@ def memory_of_machine() -> int:
     return min(limits)
 
 
-def gib(count: float) -> str:
-    """Bytes as text in GiB."""
-    return f"{count / 2**30:.2g} GiB" if count < 100 * 2**30 else f"{count / 2**30:,.0f} GiB"
+def in_words(count: int) -> str:
+    """Bytes in MiB or GiB."""
+    return f"{count / 2**20:,.0f} MiB" if count < 2**30 else f"{count / 2**30:,.1f} GiB"

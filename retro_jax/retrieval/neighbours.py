@@ -17,8 +17,8 @@ from retro_jax.corpus.chunk_table import ChunkTable
 from retro_jax.errors import UserError
 from retro_jax.retrieval.chunk_texts import ChunkTexts
 from retro_jax.retrieval.embedder import EMBEDDERS, build_embedder
-from retro_jax.retrieval.index import DISTANCE, Index, build_index, open_index
-from retro_jax.retrieval.memory import gib
+from retro_jax.retrieval.index import DISTANCE, Index, build_index, check_index, open_index
+from retro_jax.retrieval.memory import in_words
 from retro_jax.retrieval.neighbour_table import NEIGHBOURS, ROWS_AT_ONCE, NeighbourTable
 from retro_jax.retrieval.search import nearest_outside
 from retro_jax.retrieval.sparse_index import refuse_too_large
@@ -56,6 +56,7 @@ def build_neighbours(
         )
     texts = ChunkTexts.of(data_dir)
     if not (data_dir / "index" / MANIFEST).exists():
+        check_index(config)
         _say_memory(config, texts)
     embedder = build_embedder(config, texts, data_dir / "embedder")
     vectors = build_vectors(config, texts, embedder, data_dir / "vectors")
@@ -131,4 +132,4 @@ def _say_memory(config: RetrievalConfig, texts: ChunkTexts) -> None:
     sample = np.sort(np.random.default_rng(config.seed).choice(chunks, min(SAMPLED_CHUNKS, chunks), replace=False, shuffle=False))
     entries = int(count_ngrams(texts.read("train", sample), config.features, config.max_ngram).nnz * (chunks / len(sample)))
     needed = refuse_too_large(entries, chunks, config.workers)
-    print(f"the exact index of {chunks:,} chunks takes about {gib(needed)} of memory", file=sys.stderr)
+    print(f"the exact index of {chunks:,} chunks takes about {in_words(needed)} of memory", file=sys.stderr)

@@ -13,7 +13,7 @@ from sparse_dot_topn import sp_matmul_topn
 from retro_jax.artefact import Artefact
 from retro_jax.config import RetrievalConfig
 from retro_jax.errors import BadInput
-from retro_jax.retrieval.memory import gib, memory_of_machine
+from retro_jax.retrieval.memory import in_words, memory_of_machine
 from retro_jax.retrieval.vectors import SparseVectors
 
 # An entry of a sparse vector: its column or row (int32) and its value (float32).
@@ -59,14 +59,14 @@ class SparseIndex:
 
 def build_sparse_index(config: RetrievalConfig, database: SparseVectors, folder: Path) -> Mapping:
     """Transpose the database: ``starts.npy`` int32 [dim + 1], ``chunks.npy`` int32, ``data.npy`` float32."""
-    needed = refuse_too_large(len(database.data), len(database), config.workers)
+    refuse_too_large(len(database.data), len(database), config.workers)
     starts = np.concatenate([[0], database.row_ends_N]).astype(np.int32)
     lists = csr_matrix((database.data, database.columns, starts), shape=(len(database), database.dim)).tocsc()
     np.save(folder / "starts.npy", lists.indptr)
     np.save(folder / "chunks.npy", lists.indices)
     np.save(folder / "data.npy", lists.data)
     facts = {"chunks": len(database), "dim": database.dim, "entries": len(database.data)}
-    return {**facts, "memory_bytes": needed, "search": "exact"}
+    return {**facts, "bytes": len(database.data) * ENTRY_BYTES, "search": "exact"}
 
 
 def memory_needed(entries: int, chunks: int, workers: int) -> int:
@@ -83,9 +83,9 @@ def refuse_too_large(entries: int, chunks: int, workers: int) -> int:
     """
     needed, there = memory_needed(entries, chunks, workers), memory_of_machine()
     if needed > there or entries > MAX_ENTRIES:
-        limit = f"this machine has {gib(there)}" if needed > there else f"its {entries} entries are above {MAX_ENTRIES}"
+        limit = f"this machine has {in_words(there)}" if needed > there else f"its {entries} entries are above {MAX_ENTRIES}"
         raise BadInput(
-            f"RetrievalConfig.embedder='tfidf' is searched exactly in memory; {chunks} training chunks need about {gib(needed)}, "
-            f"but {limit}; use RetrievalConfig.embedder='lsa'"
+            f"RetrievalConfig.embedder='tfidf' is searched exactly in memory; {chunks} training chunks need about "
+            f"{in_words(needed)}, but {limit}; use RetrievalConfig.embedder='lsa'"
         )
     return needed

@@ -21,7 +21,15 @@ from retro_jax.retrieval.split_blocks import SplitBlocks
 class DenseVectors:
     """float32 [chunks, dim], memory-mapped."""
 
-    vectors_ND: np.ndarray
+    path: Path
+
+    @functools.cached_property
+    def vectors_ND(self) -> np.ndarray:
+        """The whole array, mapped; a copy in another process maps it anew."""
+        return np.load(self.path, mmap_mode="r")
+
+    def __reduce__(self) -> tuple[type, tuple[Path]]:
+        return DenseVectors, (self.path,)
 
     def __len__(self) -> int:
         return len(self.vectors_ND)
@@ -72,7 +80,7 @@ def open_vectors(artefact: Artefact, split: Split) -> DenseVectors | SparseVecto
     if artefact.summary["sparse"]:
         data, columns, row_ends_N = (artefact.array(f"{split}.{name}") for name in ("data", "columns", "row_ends"))
         return SparseVectors(data, columns, row_ends_N, artefact.summary["dim"])
-    return DenseVectors(artefact.array(f"{split}.vectors"))
+    return DenseVectors(artefact.path / f"{split}.vectors.npy")
 
 
 def _embed_all(config: RetrievalConfig, texts: ChunkTexts, embedder: Artefact, folder: Path) -> Mapping:

@@ -1,0 +1,228 @@
+"""From a corpus on disk to neighbour tables: the right neighbours, the same bytes however they were made, plain refusals."""
+
+import pickle
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
+
+from retro_jax.artefact import open_artefact
+from retro_jax.config import SPLITS, ChunkConfig, RetrievalConfig, Split
+from retro_jax.corpus.chunk_table import open_chunk_tables
+from retro_jax.corpus.tokenizer import load_tokenizer
+from retro_jax.errors import UserError
+from retro_jax.retrieval import neighbours, sparse_index
+from retro_jax.retrieval.neighbour_table import NeighbourTable
+from retro_jax.retrieval.neighbours import build_neighbours
+from tests.retrieval.conftest import build_corpus
+
+CHUNKS = ChunkConfig(chunk_len=16, num_neighbours=2, retrieved_len=32)
+TFIDF = RetrievalConfig(saved=6, features=2**14, block_chunks=32, workers=1)
+LSA = replace(TFIDF, embedder="lsa", lsa_dim=24)
+STAGES = ("embedder", "vectors", "index", "neighbours")
+
+
+@pytest.fixture
+def data_dir(corpus_dir: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(corpus_dir, tmp_path / "data")
+
+
+def build(data_dir: Path, config: RetrievalConfig, chunks: ChunkConfig = CHUNKS) -> dict[Split, NeighbourTable]:
+    return build_neighbours(config, data_dir, open_chunk_tables(data_dir), chunks)
+
+
+def contents(data_dir: Path) -> dict[str, bytes]:
+    """Every file of retrieval's artefacts, the manifests too."""
+    paths = [path for stage in STAGES for path in sorted((data_dir / stage).rglob("*")) if path.is_file()]
+    return {str(path.relative_to(data_dir)): path.read_bytes() for path in paths}
+
+
+def test_tfidf_neighbours_equal_brute_force(data_dir: Path) -> None:
+    """Against scikit-learn's own TF-IDF, dense, with every chunk compared to every other."""
+    tables, tokenizer = open_chunk_tables(data_dir), load_tokenizer(data_dir / "tokenizer")
+    texts = {split: table.texts(np.arange(table.num_chunks), tokenizer) for split, table in tables.items()}
+    assert all(len(texts[split]) > 10 for split in SPLITS)
+    count = HashingVectorizer(n_features=2**14, ngram_range=(1, 2), alternate_sign=False, norm=None)
+    weigh = TfidfTransformer(sublinear_tf=True).fit(count.transform(texts["train"]))
+    vectors = {split: weigh.transform(count.transform(texts[split])).toarray() for split in SPLITS}
+    found = build(data_dir, TFIDF)
+    for split in SPLITS:
+        distances = 1 - vectors[split] @ vectors["train"].T
+        distances[distances >= 1] = np.inf
+        if split == "train":
+            distances[tables["train"].document_N[:, None] == tables["train"].document_N] = np.inf
+        expected = np.sort(distances, axis=1)[:, :6]
+        ids, got = np.array(found[split].ids_NS), np.array(found[split].distances_NS)
+        np.testing.assert_allclose(got, expected, atol=1e-6)  # measured 3e-7
+        assert (np.isinf(got) == (ids < 0)).all()
+        there = ids >= 0
+        np.testing.assert_allclose(got[there], np.take_along_axis(distances, np.maximum(ids, 0), 1)[there], atol=1e-6)
+        same = got[:, 1:] == got[:, :-1]
+        assert (ids[:, 1:] > ids[:, :-1])[same & there[:, 1:]].all() and same[there[:, 1:]].any()
+
+
+def test_lsa_neighbours_equal_brute_force(data_dir: Path) -> None:
+    tables, found = open_chunk_tables(data_dir), build(data_dir, LSA)
+    vectors = open_artefact(data_dir / "vectors", "vectors")
+    train = vectors.array("train.vectors")
+    assert train.shape == (tables["train"].num_chunks, 24)
+    for split in SPLITS:
+        queries = vectors.array(f"{split}.vectors")
+        distances = 1 - queries @ train.T
+        distances[~queries.any(axis=1)] = np.inf
+        if split == "train":
+            distances[tables["train"].document_N[:, None] == tables["train"].document_N] = np.inf
+        np.testing.assert_allclose(found[split].distances_NS, np.sort(distances, axis=1)[:, :6], atol=1e-6)  # measured 2.4e-7
+    summary = open_artefact(data_dir / "neighbours", "neighbours").summary
+    assert summary["factory"] == "Flat" and summary["search"] == "exact" and "131072" in summary["why"]
+
+
+def test_lsa_finds_what_tfidf_finds(corpus_dir: Path, tmp_path: Path) -> None:
+    """The projection keeps most of the neighbours: a third of the best six at least, where chance gives 3%."""
+    first, second = (shutil.copytree(corpus_dir, tmp_path / name) for name in ("a", "b"))
+    sparse, dense = build(first, TFIDF)["test"].ids_NS, build(second, replace(LSA, lsa_dim=100))["test"].ids_NS
+    shared = np.mean([len(np.intersect1d(a[a >= 0], b)) / 6 for a, b in zip(sparse, dense, strict=True)])
+    assert shared > 0.33
+
+
+@pytest.mark.parametrize("config", [TFIDF, replace(LSA, index_factory="IVF4,Flat")], ids=["tfidf", "lsa"])
+def test_workers_do_not_change_a_byte(config: RetrievalConfig, corpus_dir: Path, tmp_path: Path) -> None:
+    one, two = (shutil.copytree(corpus_dir, tmp_path / name) for name in ("one", "two"))
+    build(one, config)
+    build(two, replace(config, workers=2))
+    assert contents(one) == contents(two)
+
+
+def test_block_size_does_not_change_a_byte(corpus_dir: Path, tmp_path: Path) -> None:
+    one, two = (shutil.copytree(corpus_dir, tmp_path / name) for name in ("one", "two"))
+    build(one, TFIDF)
+    build(two, replace(TFIDF, block_chunks=1000))
+    assert contents(one) == contents(two)
+
+
+def test_continues_after_kill_9_with_the_same_bytes(corpus_dir: Path, tmp_path: Path) -> None:
+    whole, killed = (shutil.copytree(corpus_dir, tmp_path / name) for name in ("whole", "killed"))
+    config = replace(TFIDF, block_chunks=4)
+    build(whole, config)
+    program = (
+        "import time; from pathlib import Path; from retro_jax.retrieval import neighbours\n"
+        "import tests.retrieval.test_neighbours as t\n"
+        "inner = neighbours.nearest_outside\n"
+        "neighbours.nearest_outside = lambda *a: time.sleep(0.1) or inner(*a)\n"
+        f"t.build(Path({str(killed)!r}), t.replace(t.TFIDF, block_chunks=4))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
+    third = killed / "neighbours.partial" / "blocks" / "0000002.done"
+    try:
+        deadline = time.monotonic() + 120
+        while not third.exists():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.02)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not (killed / "neighbours").exists()
+    before = third.stat().st_mtime_ns
+    computed = []
+    inner = neighbours.nearest_outside
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(neighbours, "nearest_outside", lambda *arguments: computed.append(1) or inner(*arguments))
+        build(killed, config)
+    blocks = sum(-(-table.num_chunks // 4) for table in open_chunk_tables(killed).values())
+    assert 0 < len(computed) <= blocks - 3 and before
+    assert contents(whole) == contents(killed)
+
+
+def test_what_stands_there_is_opened_not_built(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    build(data_dir, TFIDF)
+    before = contents(data_dir)
+    monkeypatch.setattr(neighbours, "run_blocks", None, raising=False)
+    monkeypatch.setattr(neighbours, "nearest_outside", None)
+    found = build(data_dir, replace(TFIDF, workers=2, block_chunks=8), replace(CHUNKS, num_neighbours=5, retrieved_len=64))
+    assert contents(data_dir) == before
+    again = pickle.loads(pickle.dumps(found["valid"]))
+    np.testing.assert_array_equal(again.ids_NS, found["valid"].ids_NS)
+
+
+def test_a_corpus_smaller_than_saved(tmp_path: Path) -> None:
+    """Fewer chunks than are saved are no mistake; fewer than are read are one."""
+    data_dir = build_corpus(tmp_path / "data", count=1, chunk_len=64)
+    chunks = ChunkConfig(chunk_len=64, num_neighbours=2, retrieved_len=64)
+    database = open_chunk_tables(data_dir)["train"].num_chunks
+    found = build(data_dir, replace(TFIDF, saved=50), chunks)["train"]
+    assert found.ids_NS.shape == (database, 50) and (found.ids_NS[:, database:] == -1).all()
+    with pytest.raises(UserError, match=f"{database} chunks, fewer than ChunkConfig.num_neighbours=40"):
+        build(data_dir, replace(TFIDF, saved=50), replace(chunks, num_neighbours=40))
+
+
+def test_neighbours_of_another_corpus_are_refused(data_dir: Path, tmp_path: Path) -> None:
+    build(data_dir, TFIDF)
+    other = build_corpus(tmp_path / "other", seed=1)
+    for stage in STAGES:
+        shutil.copytree(data_dir / stage, other / stage)
+    with pytest.raises(UserError, match="embedder was built with input chunks="):
+        build(other, TFIDF)
+
+
+def test_other_settings_are_refused(data_dir: Path) -> None:
+    build(data_dir, TFIDF)
+    with pytest.raises(UserError, match="saved=6, now saved=7"):
+        build(data_dir, replace(TFIDF, saved=7))
+    with pytest.raises(UserError, match="embedder='tfidf', now embedder='lsa'"):
+        build(data_dir, LSA)
+
+
+@pytest.mark.parametrize("name", ["neighbours/test.ids.npy", "vectors/train.data.npy", "index/chunks.npy", "embedder/idf.npy"])
+def test_a_truncated_file_is_told(name: str, data_dir: Path) -> None:
+    build(data_dir, TFIDF)
+    path = data_dir / name
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(UserError, match=f"{path.name} has .* bytes instead of"):
+        build(data_dir, TFIDF)
+
+
+def test_too_little_memory_is_told_before_anything_is_built(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sparse_index, "memory_of_machine", lambda: 2**20)
+    with pytest.raises(
+        UserError, match=r"training chunks need about .* MiB, but this machine has .* use RetrievalConfig.embedder='lsa'"
+    ):
+        build(data_dir, TFIDF)
+    assert not any((data_dir / f"{stage}{suffix}").exists() for stage in STAGES for suffix in ("", ".partial"))
+    build(data_dir, LSA)
+
+
+def test_the_memory_told_is_said(data_dir: Path, capsys: pytest.CaptureFixture) -> None:
+    build(data_dir, TFIDF)
+    database = open_chunk_tables(data_dir)["train"].num_chunks
+    assert f"the exact index of {database} chunks takes about" in capsys.readouterr().err
+
+
+def test_held_out_text_does_not_change_the_weights(corpus_dir: Path, data_dir: Path) -> None:
+    """IDF counts are those of the training chunks alone."""
+    build(data_dir, TFIDF)
+    tables, tokenizer = open_chunk_tables(data_dir), load_tokenizer(data_dir / "tokenizer")
+    texts = tables["train"].texts(np.arange(tables["train"].num_chunks), tokenizer)
+    counts = HashingVectorizer(n_features=2**14, ngram_range=(1, 2), alternate_sign=False, norm=None).transform(texts)
+    idf = np.log((1 + len(texts)) / (1 + np.bincount(counts.indices, minlength=2**14))) + 1
+    np.testing.assert_allclose(np.load(data_dir / "embedder" / "idf.npy"), idf, rtol=1e-6)
+
+
+def test_counts_of_the_manifest(data_dir: Path) -> None:
+    found = build(data_dir, TFIDF)
+    summary = open_artefact(data_dir / "neighbours", "neighbours").summary
+    for split in SPLITS:
+        ids = found[split].ids_NS
+        assert summary["splits"][split] == {
+            "chunks": len(ids),
+            "short": int((ids < 0).any(axis=1).sum()),
+            "without": int((ids < 0).all(axis=1).sum()),
+        }
+    assert summary["distance"] == "1 - cosine" and summary["search"] == "exact"
+    assert summary["splits"]["train"]["without"] > 0  # the texts without a word
