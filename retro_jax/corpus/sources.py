@@ -8,9 +8,10 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from retro_jax.corpus.digests import digest_file
 from retro_jax.corpus.document import Document
 from retro_jax.corpus.python_docs import python_docs_fingerprint, python_documents
-from retro_jax.corpus.text_files import SUFFIXES, digest_file, read_file, suffix_of
+from retro_jax.corpus.text_files import SUFFIXES, read_file, suffix_of
 from retro_jax.corpus.token_store import digest_store
 from retro_jax.errors import UserError
 
@@ -50,8 +51,12 @@ def read_documents(source: str, *, text_field: str = "text") -> Iterator[Documen
             yield from read_file(path, name, text_field)
 
 
-def source_fingerprint(source: str) -> str:
+def source_fingerprint(source: str, memo: Path | None = None) -> str:
     """A name and a digest of everything in the source, so that an artefact built from it can tell when it changed.
+
+    Args:
+        source: as for :func:`read_documents`, or ``megatron:<prefix>``.
+        memo: where digests of large files are kept; see :func:`~retro_jax.corpus.digests.digest_file`.
 
     Raises:
         UserError: the source is unknown or not there.
@@ -61,13 +66,13 @@ def source_fingerprint(source: str) -> str:
     if source.startswith(TFDS):
         from retro_jax.corpus.tfds_source import tfds_fingerprint
 
-        return tfds_fingerprint(source)
+        return tfds_fingerprint(source, memo)
     if source.startswith(MEGATRON):
         prefix = Path(source.removeprefix(MEGATRON))
-        return f"{MEGATRON}{prefix.name}:{digest_store(prefix)[:16]}"
+        return f"{MEGATRON}{prefix.name}:{digest_store(prefix, memo)[:16]}"
     digest = hashlib.sha256()
     for path, name in _files_of(source):
-        digest.update(f"{name}\0{digest_file(path)}\0".encode())
+        digest.update(f"{name}\0{digest_file(path, memo)}\0".encode())
     return f"{Path(source).name}:{digest.hexdigest()[:16]}"
 
 

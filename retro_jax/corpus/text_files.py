@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import gzip
-import hashlib
 import json
 import zlib
 from collections.abc import Iterator
@@ -14,7 +12,7 @@ from typing import BinaryIO
 import zstandard
 
 from retro_jax.corpus.document import Document
-from retro_jax.errors import BadInput, UserError
+from retro_jax.errors import BadInput
 
 SUFFIXES = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 READ_BYTES = 2**20
@@ -26,25 +24,6 @@ ZSTD_WINDOW_BYTES = 2**31
 def suffix_of(path: Path) -> str | None:
     """The suffix that says how the file is read, or None if it is not one of :data:`SUFFIXES`."""
     return next((suffix for suffix in reversed(SUFFIXES) if path.name.lower().endswith(suffix)), None)
-
-
-def digest_file(path: Path) -> str:
-    """SHA-256 of a file's bytes; read once in a process as long as its size and time stay.
-
-    Raises:
-        UserError: it cannot be read.
-    """
-    try:
-        stat = path.stat()
-        return _digest_file(path.resolve(), stat.st_size, stat.st_mtime_ns)
-    except OSError as error:
-        raise UserError(f"cannot read {path} ({error.strerror}); check the file") from None
-
-
-@functools.lru_cache(maxsize=2**16)
-def _digest_file(path: Path, size: int, mtime_ns: int) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_file(path: Path, group: str, text_field: str) -> Iterator[Document]:

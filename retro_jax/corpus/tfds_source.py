@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from retro_jax.corpus.digests import digest_file
 from retro_jax.corpus.document import Document
-from retro_jax.corpus.text_files import digest_file
 from retro_jax.errors import BadInput, UserError
 
 PREFIX = "tfds:"
@@ -34,12 +34,12 @@ def read_tfds(source: str, text_field: str) -> Iterator[Document]:
         yield Document(text=text, group=str(number), title=_text(fields.get("title")) or "", where=where)
 
 
-def tfds_fingerprint(source: str) -> str:
+def tfds_fingerprint(source: str, memo: Path | None) -> str:
     """Name of the data set, and a digest of its files and of the split asked for."""
     info = _open(source).dataset_info
     digest = hashlib.sha256(source.encode())
     for path in sorted(path for path in Path(info.data_dir).iterdir() if path.is_file()):
-        digest.update(f"{path.name}\0{digest_file(path)}\0".encode())
+        digest.update(f"{path.name}\0{digest_file(path, memo)}\0".encode())
     return f"{PREFIX}{info.full_name}:{digest.hexdigest()[:16]}"
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from retro_jax.artefact import BLOCKS, Artefact, build_artefact, open_artefact, write_text
 from retro_jax.blocks import Block, block_arrays, run_blocks
 from retro_jax.config import SPLITS, CorpusConfig
+from retro_jax.corpus.digests import MEMO
 from retro_jax.corpus.document import Document
 from retro_jax.corpus.sources import MEGATRON, read_documents, source_fingerprint
 from retro_jax.corpus.split import split_of, split_of_text
@@ -50,7 +51,7 @@ def build_tokens(config: CorpusConfig, data_dir: Path) -> Artefact:
         "max_documents": config.max_documents,
     }
     inputs = {"tokenizer": tokenizer.fingerprint}
-    inputs |= {f"source {i}": source_fingerprint(source) for i, source in enumerate(config.sources)}
+    inputs |= {f"source {i}": source_fingerprint(source, data_dir / MEMO) for i, source in enumerate(config.sources)}
 
     def make(folder: Path) -> Mapping:
         _keep_blocks_of(folder, config.block_documents)

@@ -26,7 +26,7 @@ from types import TracebackType
 
 import numpy as np
 
-from retro_jax.corpus.text_files import digest_file
+from retro_jax.corpus.digests import digest_file
 from retro_jax.errors import BadInput, UserError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -49,13 +49,13 @@ def store_paths(prefix: Path) -> tuple[Path, Path]:
     return prefix.with_name(prefix.name + ".bin"), prefix.with_name(prefix.name + ".idx")
 
 
-def digest_store(prefix: Path) -> str:
-    """SHA-256 of a store's two files."""
+def digest_store(prefix: Path, memo: Path | None = None) -> str:
+    """SHA-256 of a store's two files; ``memo`` as in :func:`~retro_jax.corpus.digests.digest_file`."""
     digest = hashlib.sha256()
     for path in store_paths(prefix):
         if not path.is_file():
             raise UserError(f"{path} is not there; a token store is two files, give their path without .bin or .idx")
-        digest.update(digest_file(path).encode())
+        digest.update(digest_file(path, memo).encode())
     return digest.hexdigest()
 
 

@@ -11,9 +11,9 @@ import tokenizers
 
 from retro_jax.artefact import Artefact, build_artefact, write_bytes, write_text
 from retro_jax.config import CorpusConfig, TokenizerConfig
+from retro_jax.corpus.digests import MEMO, digest_file
 from retro_jax.corpus.sources import MEGATRON, read_documents, source_fingerprint
 from retro_jax.corpus.split import split_of_text
-from retro_jax.corpus.text_files import digest_file
 from retro_jax.corpus.tokenizer import (
     JsonTokenizer,
     SentencePieceTokenizer,
@@ -72,7 +72,7 @@ def _build_trained(path: Path, config: TokenizerConfig, corpus: CorpusConfig) ->
         "test_fraction": corpus.test_fraction,
         "max_documents": corpus.max_documents,
     }
-    inputs = {f"source {i}": source_fingerprint(source) for i, source in enumerate(corpus.sources)}
+    inputs = {f"source {i}": source_fingerprint(source, path.parent / MEMO) for i, source in enumerate(corpus.sources)}
 
     def make(folder: Path) -> Mapping:
         counts = {"train_bytes": 0, "train_documents": 0}
