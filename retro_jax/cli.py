@@ -16,6 +16,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from rich.console import Console
+
 from retro_jax.artefact import write_text
 from retro_jax.config import Config
 from retro_jax.errors import UserError
@@ -60,7 +62,7 @@ def argument_parser(prog: str, what: str, example: str) -> argparse.ArgumentPars
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="gin file, or the name of one in configs/ (quickstart)")
-    parser.add_argument("--workdir", metavar="DIR", help="folder of everything that the run writes (default: runs/<config's name>)")
+    parser.add_argument("--workdir", metavar="DIR", help="folder of all that the run writes (default: runs/<config's name>)")
     parser.add_argument(
         "--set",
         action="append",
@@ -82,22 +84,25 @@ def run_of(arguments: argparse.Namespace) -> Run:
 
 
 def refuse_other_config(run: Run) -> None:
-    """Where another config is stored in the workdir, say what has changed since.
+    """Where another config is stored in the workdir, say what has changed since. (Of changes in FREE_CLASSES to a model with
+    checkpoints, training tells.)
 
     Raises:
         UserError: the workdir holds checkpoints, and a setting that decides what they mean has changed.
     """
     path = run.workdir / STORED_TEXT
     changes = _changes(path.read_text(encoding="utf-8"), config_text(run.config)) if path.exists() else {}
+    trained = any(run.workdir.glob("models/*/checkpoints/*"))
     fixed = [name for name in changes if not _is_free(name)]
-    if fixed and any(run.workdir.glob("models/*/checkpoints/*")):
+    if fixed and trained:
         old, new = changes[fixed[0]]
         raise UserError(
             f"{run.workdir} holds checkpoints trained with {fixed[0]} = {old}, now {fixed[0]} = {new} is asked for; "
             f"use another --workdir, or delete {run.workdir / 'models'} to train anew"
         )
     for name, (old, new) in changes.items():
-        print(f"{name} was {old} in the last run in {run.workdir}, now it is {new}")
+        if not trained or name.split(".")[0] not in FREE_CLASSES:
+            print(f"{name} was {old} in the last run in {run.workdir}, now it is {new}")
 
 
 def store_config(run: Run) -> None:
@@ -105,6 +110,19 @@ def store_config(run: Run) -> None:
     run.workdir.mkdir(parents=True, exist_ok=True)
     write_text(run.workdir / STORED_TEXT, config_text(run.config))
     write_text(run.workdir / STORED_JSON, config_json(run.config))
+
+
+def same_arguments(run: Run, arguments: argparse.Namespace, *changes: str) -> str:
+    """What to type for the same config and workdir again, with ``changes`` ("Class.field=value")."""
+    changed = {change.split("=")[0].strip() for change in changes}
+    overrides = [*(o for o in arguments.overrides if o.split("=")[0].strip() not in changed), *changes]
+    settings = [word for override in overrides for word in ("--set", override)]
+    return shlex.join(["--config", arguments.config, "--workdir", str(run.workdir), *settings])
+
+
+def report_console() -> Console:
+    """Where tables are printed: as wide as the terminal, and wide enough for them in a file."""
+    return Console(width=None if sys.stdout.isatty() else 140)
 
 
 def exit_code(program: Callable[[], object]) -> int:
@@ -144,7 +162,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "python -m retro_jax prepare --config wiki_small --set CorpusConfig.sources=wiki.jsonl",
     )
     stages.add_argument("--rebuild", metavar="STAGE", help="remove this artefact and those made from it first, then build them")
-    stages.add_argument("--verify", action="store_true", help="check the checksums of all files that are built, and build nothing")
+    stages.add_argument("--verify", action="store_true", help="check the checksums of what is built, and build nothing")
     commands.add_parser(
         "prepare",
         parents=[stages],
@@ -172,7 +190,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
             print(f"{stage:<11} removed")
     prepare(run.config, run.data_dir)
     store_config(run)
-    print(f"ready in {run.data_dir}; train on it with: python train.py --config {arguments.config} --workdir {run.workdir}")
+    print(f"ready in {run.data_dir}; train on it with: python train.py {same_arguments(run, arguments)}")
 
 
 def _told(message: str) -> int:

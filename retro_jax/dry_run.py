@@ -5,12 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from retro_jax.artefact import open_artefact
-from retro_jax.config import ModelConfig
 from retro_jax.cli import Run
 from retro_jax.gin_config import config_text
-from retro_jax.model import count_parameters, with_vocab
+from retro_jax.model import count_parameters
 from retro_jax.prepare import built_stages
-from retro_jax.training.twins import model_name, twin
+from retro_jax.training.train import model_configs
 
 
 def describe_run(run: Run) -> str:
@@ -30,11 +29,6 @@ def describe_run(run: Run) -> str:
     return "\n".join(parts)
 
 
-def models_of(config: ModelConfig, baselines: tuple) -> dict[str, ModelConfig]:
-    """Every model that a run trains, by name, the main one first."""
-    return {model_name(config): config} | {baseline: twin(config, baseline) for baseline in baselines}
-
-
 def _models(run: Run, states: dict[str, str]) -> list[str]:
     config, tokenizer = run.config, run.config.tokenizer
     if states["tokenizer"] == "built":
@@ -45,7 +39,7 @@ def _models(run: Run, states: dict[str, str]) -> list[str]:
         vocab = config.model.vocab_size
     else:
         return [f"parameters: known when the tokenizer {tokenizer.path} is loaded (run prepare), or with ModelConfig.vocab_size"]
-    models = models_of(with_vocab(config.model, vocab), config.training.baselines)
+    models = model_configs(config, vocab)
     return [f"model {name}: {count_parameters(model):,} parameters" for name, model in models.items()]
 
 
@@ -58,11 +52,12 @@ def _steps(run: Run, states: dict[str, str]) -> list[str]:
     ]
     if states["chunks"] == "built":
         train = open_artefact(run.data_dir / "chunks", "chunks").summary["splits"]["train"]
-        grid = train["chunks"] * run.config.chunks.chunk_len
-        lines.append(f"training text: {train['tokens']:,} tokens in {train['chunks']:,} chunks; {tokens * training.steps / grid:.2f} epochs")
-    for folder in sorted((run.workdir / "models").glob("*/checkpoints")):
-        lines.append(f"model {folder.parent.name}: step {_last(folder):,} is done, {max(training.steps - _last(folder), 0):,} to go")
-    return lines
+        epochs = tokens * training.steps / (train["chunks"] * run.config.chunks.chunk_len)
+        lines.append(f"training text: {train['tokens']:,} tokens in {train['chunks']:,} chunks, read {epochs:.2f} times")
+    done = {folder.parent.name: _last(folder) for folder in sorted((run.workdir / "models").glob("*/checkpoints"))}
+    return lines + [
+        f"model {name}: step {step:,} is done, {max(training.steps - step, 0):,} to go" for name, step in done.items()
+    ]
 
 
 def _last(checkpoints: Path) -> int:

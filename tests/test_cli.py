@@ -10,7 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from retro_jax.cli import FREE_CLASSES, FREE_FIELDS, Run, argument_parser, exit_code, main, refuse_other_config, run_of, store_config
+from retro_jax.cli import (
+    FREE_CLASSES,
+    FREE_FIELDS,
+    Run,
+    argument_parser,
+    exit_code,
+    main,
+    refuse_other_config,
+    run_of,
+    same_arguments,
+    store_config,
+)
 from retro_jax.config import Config
 from retro_jax.errors import UserError
 from retro_jax.gin_config import config_text, load_config
@@ -82,6 +93,16 @@ def test_default_workdir_and_overrides() -> None:
     assert (run.config.training.steps, run.config.data.seed) == (3, 4)
 
 
+def test_the_same_arguments_again() -> None:
+    parser = argument_parser("program", "does it", "program --config quickstart")
+    arguments = parser.parse_args(["--config", "quickstart", "--set", "TrainConfig.steps=3", "--set", "CorpusConfig.sources=a b"])
+    run = run_of(arguments)
+    again = "--config quickstart --workdir runs/quickstart --set "
+    assert same_arguments(run, arguments) == again + "TrainConfig.steps=3 --set 'CorpusConfig.sources=a b'"
+    longer = same_arguments(run, arguments, "TrainConfig.steps=6")
+    assert longer == again + "'CorpusConfig.sources=a b' --set TrainConfig.steps=6"
+
+
 def stored(workdir: Path, *overrides: str, checkpoints: bool = False) -> Run:
     """A workdir in which an earlier run stored its config, and perhaps checkpoints."""
     run = Run(load_config([], list(overrides)), workdir)
@@ -115,8 +136,10 @@ def test_settings_that_may_change_while_training(tmp_path: Path, capsys: pytest.
     run = stored(tmp_path / "run", checkpoints=True)
     refuse_other_config(run)
     assert capsys.readouterr().out == ""
-    refuse_other_config(Run(load_config([], ["TrainConfig.log_every=1", "EvalConfig.seed=3"]), run.workdir))
-    assert "TrainConfig.log_every was 10" in capsys.readouterr().out
+    refuse_other_config(
+        Run(load_config([], ["TrainConfig.log_every=1", "EvalConfig.seed=3", "DataConfig.prefetch=9"]), run.workdir)
+    )
+    assert capsys.readouterr().out == f"DataConfig.prefetch was 4 in the last run in {tmp_path / 'run'}, now it is 9\n"
 
 
 def test_free_settings_exist() -> None:
@@ -134,7 +157,10 @@ def test_help_says_how_to_begin() -> None:
 
 
 def test_interrupt_says_how_to_continue(tmp_path: Path) -> None:
-    program = "import sys, os, signal; from retro_jax.cli import exit_code\nsys.exit(exit_code(lambda: os.kill(os.getpid(), signal.SIGINT)))"
+    program = (
+        "import sys, os, signal; from retro_jax.cli import exit_code\n"
+        "sys.exit(exit_code(lambda: os.kill(os.getpid(), signal.SIGINT)))"
+    )
     done = subprocess.run([sys.executable, "-c", program, "a b"], cwd=REPOSITORY, capture_output=True, text=True)
     assert done.returncode == 130
     assert "continue with: " in done.stderr

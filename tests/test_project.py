@@ -25,7 +25,9 @@ def python(*arguments: str, cwd: Path) -> str:
 def test_kernels_are_installed_from_the_top(tmp_path: Path) -> None:
     program = "import retro_jax.kernels.chunked_cross_attention as c; print(c.__file__)"
     for folder in (REPOSITORY, tmp_path):
-        assert Path(python("-c", program, cwd=folder).strip()) == REPOSITORY / "kernels" / "chunked_cross_attention" / "__init__.py"
+        assert (
+            Path(python("-c", program, cwd=folder).strip()) == REPOSITORY / "kernels" / "chunked_cross_attention" / "__init__.py"
+        )
 
 
 def test_transformers_does_not_take_our_kernels_for_the_package_of_that_name() -> None:
@@ -47,7 +49,9 @@ def test_a_wheel_holds_every_module(tmp_path: Path) -> None:
     if int(setuptools.__version__.split(".")[0]) < 77:
         pytest.skip("setuptools 77 is not installed")
     copy = tmp_path / "copy"
-    listed = subprocess.run(["git", "ls-files", "-co", "--exclude-standard"], cwd=REPOSITORY, capture_output=True, text=True).stdout
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=REPOSITORY, capture_output=True, text=True
+    ).stdout
     for name in listed.splitlines():
         if name.startswith(("retro_jax/", "kernels/")) or "/" not in name:
             target = copy / name
@@ -69,7 +73,9 @@ def test_version_and_changelog_agree() -> None:
 def test_constraints_pin_every_dependency_and_name_no_address() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    wanted = {re.split(r"[\[<>=]", d)[0].lower() for d in (*project["dependencies"], *extras["cpu"], *extras["test"], *extras["dev"])}
+    wanted = {
+        re.split(r"[\[<>=]", d)[0].lower() for d in (*project["dependencies"], *extras["cpu"], *extras["test"], *extras["dev"])
+    }
     lines = [line for line in (REPOSITORY / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     for version in ("3.11", "3.12"):
         pinned = {line.split("==")[0].lower() for line in lines if line.endswith(f'python_version == "{version}"')}

@@ -24,7 +24,7 @@ def load_trained(config: Config, tokenizer_size: int, workdir: Path, which: str 
     Raises:
         UserError: the main model is not trained, or a model has no such checkpoint.
     """
-    models = {}
+    models: dict[str, tuple[Retro, int]] = {}
     for name in model_configs(config, tokenizer_size):
         folder = workdir / MODELS / name
         if models and not (folder / CHECKPOINTS).is_dir():

@@ -1,0 +1,74 @@
+"""Train the models of a config, from raw text to a table: data, model and baselines, evaluation."""
+
+import argparse
+import sys
+
+from retro_jax.cli import (
+    Run,
+    argument_parser,
+    exit_code,
+    refuse_other_config,
+    report_console,
+    run_of,
+    same_arguments,
+    store_config,
+)
+from retro_jax.gin_config import config_text
+
+
+def main() -> int:
+    parser = argument_parser(
+        "python train.py",
+        "Train the model of a config and its baselines on data that is built where it is missing, then evaluate all of them.",
+        "python train.py --config quickstart --set TrainConfig.steps=2000",
+    )
+    parser.add_argument("--print-config", action="store_true", help="print every setting, default or not, and do nothing else")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be built and trained, and write nothing")
+    arguments = parser.parse_args()
+    return exit_code(lambda: execute(run_of(arguments), arguments))
+
+
+def execute(run: Run, arguments: argparse.Namespace) -> None:
+    if arguments.print_config:
+        print(config_text(run.config), end="")
+        return
+    # JAX and what else takes seconds to import comes after the arguments are checked.
+    from retro_jax.dry_run import describe_run
+    from retro_jax.evaluation.perplexity import evaluate_perplexity
+    from retro_jax.evaluation.report import print_report
+    from retro_jax.prepare import prepare
+    from retro_jax.training.train import train_all
+    from retro_jax.training.trained import load_trained
+
+    if arguments.dry_run:
+        print(describe_run(run))
+        return
+    refuse_other_config(run)
+    prepared = prepare(run.config, run.data_dir)
+    store_config(run)
+    print(config_text(run.config))
+    train_all(run.config, prepared, run.workdir, config_text=config_text(run.config))
+    trained = load_trained(run.config, prepared.tokenizer.vocab_size, run.workdir)
+    models, steps = {n: model for n, (model, _) in trained.items()}, {n: step for n, (_, step) in trained.items()}
+    result = evaluate_perplexity(run.config, prepared, models, run.workdir / "evaluation", steps=steps)
+    print_report(result, report_console())
+    print(closing_words(run, arguments))
+
+
+def closing_words(run: Run, arguments: argparse.Namespace) -> str:
+    again = same_arguments(run, arguments)
+    longer = same_arguments(run, arguments, f"TrainConfig.steps={2 * run.config.training.steps}")
+    return f"""
+settings      {run.workdir}/config.gin
+loss curves   {run.workdir}/curves.png
+results       {run.workdir}/evaluation
+
+next:
+  python train.py {longer}    # go on training
+  python eval.py {again} --task perplexity --checkpoint best    # the checkpoint with the best validation loss
+  python train.py --config wiki_small --set CorpusConfig.sources=YOUR.jsonl    # your own text
+  tensorboard --logdir {run.workdir}/models"""
+
+
+if __name__ == "__main__":
+    sys.exit(main())
