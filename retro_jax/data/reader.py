@@ -49,5 +49,4 @@ class RowReader:
             return np.zeros((*chunk_ids_BL.shape, 0), np.int64)
         if self.donors is not None:
             chunk_ids_BL = np.where(chunk_ids_BL < 0, -1, self.donors[np.maximum(chunk_ids_BL, 0)])
-        filters = {} if self.max_overlap is None else {"max_overlap": self.max_overlap}
-        return self.neighbours.select(chunk_ids_BL, self.chunks.num_neighbours, **filters)
+        return self.neighbours.select(chunk_ids_BL, self.chunks.num_neighbours, max_overlap=self.max_overlap)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -58,7 +59,7 @@ def training_rows(table: ChunkTable, seq_len: int, *, weights: Sequence[float] |
             "the train split has no text; give more documents, or lower CorpusConfig.valid_fraction and test_fraction"
         )
     if weights is not None:
-        for source in np.flatnonzero(np.diff(source_chunks) == 0):
+        for source in np.flatnonzero(np.diff(source_chunks) == 0).tolist():
             raise UserError(
                 f"source {source} has weight {weights[source]} in CorpusConfig.weights, but no training text; "
                 "leave it out of CorpusConfig.sources"
@@ -74,11 +75,12 @@ def describe_rows(rows: TrainingRows, reader: RowReader, *, weights: Sequence[fl
         ``weights``: expected over the mixed rows); ``chunks`` and ``chunks_short_of_neighbours``: how many are left with fewer
         than k (None for rows without neighbours).
     """
-    table, neighbours, C, text_S = reader.queries, reader.neighbours, reader.queries.chunk_len, []
-    for first, last in zip(rows.source_chunks[:-1], rows.source_chunks[1:], strict=True):
-        text_S.append(sum(int(np.minimum(table.remaining_N[piece], C).sum(dtype=np.int64)) for piece in _pieces(first, last)))
+    table, neighbours, C = reader.queries, reader.neighbours, reader.queries.chunk_len
+    text_S = np.zeros(len(rows.source_chunks) - 1, np.int64)
+    for source, (first, last) in enumerate(itertools.pairwise(rows.source_chunks.tolist())):
+        for piece in _pieces(first, last):
+            text_S[source] += np.minimum(table.remaining_N[piece], C).sum(dtype=np.int64)
     places_S = np.diff(rows.source_rows) * rows.chunks_per_row * C
-    text_S = np.asarray(text_S)
     share_S = places_S / places_S.sum() if weights is None else np.asarray(weights) / sum(weights)
     padding_S = np.divide(places_S - text_S, places_S, out=np.zeros(len(places_S)), where=places_S > 0)
     short = None
@@ -94,5 +96,5 @@ def describe_rows(rows: TrainingRows, reader: RowReader, *, weights: Sequence[fl
 
 
 def _pieces(first: int, last: int) -> Iterator[slice]:
-    for start in range(int(first), int(last), CHUNKS_READ_AT_ONCE):
-        yield slice(start, min(start + CHUNKS_READ_AT_ONCE, int(last)))
+    for start in range(first, last, CHUNKS_READ_AT_ONCE):
+        yield slice(start, min(start + CHUNKS_READ_AT_ONCE, last))

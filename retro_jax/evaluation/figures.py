@@ -7,9 +7,10 @@ whose longest token run shared with the training text is at most alpha of their 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import jax
 import numpy as np
 
 from retro_jax.evaluation.scores import ChunkScores
@@ -101,45 +102,45 @@ def figures(sums: DocumentSums, pairs: Sequence[tuple[str, str]], *, samples: in
         and ``by_band`` (above the last alpha up to this); ``differences``: for each pair "a - b" the differences in loss and
         bits per byte, in the same form; ``bytes_share`` of each alpha and band.
     """
-    total = _totals(sums, np.ones((1, sums.nats_XD.shape[1])))
-    resampled = _concatenated([_totals(sums, weights) for weights in _resamples(sums.nats_XD.shape[1], samples, seed)])
-
-    def figure(read: Callable[[Totals], np.ndarray]) -> dict:
-        value, draws = float(read(total)[0]), read(resampled)
-        if np.isnan(value):
-            return {"value": None, "low": None, "high": None}
-        low, high = np.nanquantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-        return {"value": value, "low": float(low), "high": float(high)}
-
-    def bits(read: Callable[[Totals, slice], np.ndarray]) -> dict:
-        return {
-            "bits_per_byte": figure(lambda t: read(t, slice(None))),
-            "by_overlap": {str(alpha): figure(lambda t, b=band: read(t, slice(b + 1))) for band, alpha in enumerate(ALPHAS)},
-            "by_band": {str(alpha): figure(lambda t, b=band: read(t, slice(b, b + 1))) for band, alpha in enumerate(ALPHAS)},
-        }
-
-    index = {name: row for row, name in enumerate(sums.names)}
+    documents, index = len(sums.targets_D), {name: row for row, name in enumerate(sums.names)}
+    whole = _totals(sums, np.ones((1, documents)))
+    resampled = _concatenated([_totals(sums, weights) for weights in _resamples(documents, samples, seed)])
     models = {
-        name: {
-            "loss": figure(lambda t, r=row: t.loss(r)),
-            "perplexity": figure(lambda t, r=row: t.perplexity(r)),
-            **bits(lambda t, bands, r=row: t.bits_per_byte(r, bands)),
-        }
+        name: jax.tree.map(
+            _figure,
+            {**_measures(whole, row), "perplexity": whole.perplexity(row)},
+            {**_measures(resampled, row), "perplexity": resampled.perplexity(row)},
+        )
         for name, row in index.items()
     }
-    differences = {
-        f"{a} - {b}": {
-            "loss": figure(lambda t, a=index[a], b=index[b]: t.loss(a) - t.loss(b)),
-            **bits(lambda t, bands, a=index[a], b=index[b]: t.bits_per_byte(a, bands) - t.bits_per_byte(b, bands)),
-        }
-        for a, b in pairs
-    }
-    bytes_B = total.bytes_SB[0]
+    differences = {}
+    for a, b in pairs:
+        value, draws = (jax.tree.map(np.subtract, _measures(t, index[a]), _measures(t, index[b])) for t in (whole, resampled))
+        differences[f"{a} - {b}"] = jax.tree.map(_figure, value, draws)
+    share_B = whole.bytes_SB[0] / max(1.0, whole.bytes_SB[0].sum())
     share = {
-        "by_overlap": {str(alpha): float(bytes_B[: i + 1].sum() / bytes_B.sum()) for i, alpha in enumerate(ALPHAS)},
-        "by_band": {str(alpha): float(bytes_B[i] / bytes_B.sum()) for i, alpha in enumerate(ALPHAS)},
+        "by_overlap": {str(alpha): float(share_B[: band + 1].sum()) for band, alpha in enumerate(ALPHAS)},
+        "by_band": {str(alpha): float(share_B[band]) for band, alpha in enumerate(ALPHAS)},
     }
     return {"models": models, "differences": differences, "bytes_share": share}
+
+
+def _measures(totals: Totals, row: int) -> dict:
+    """What differences are taken of: arrays [S] by name."""
+    return {
+        "loss": totals.loss(row),
+        "bits_per_byte": totals.bits_per_byte(row),
+        "by_overlap": {str(alpha): totals.bits_per_byte(row, slice(band + 1)) for band, alpha in enumerate(ALPHAS)},
+        "by_band": {str(alpha): totals.bits_per_byte(row, slice(band, band + 1)) for band, alpha in enumerate(ALPHAS)},
+    }
+
+
+def _figure(value_1: np.ndarray, draws_S: np.ndarray) -> dict[str, float | None]:
+    """A value with the interval of its resamples; those that happen to hold none of a band's bytes say nothing about it."""
+    if np.isnan(value_1[0]):
+        return {"value": None, "low": None, "high": None}
+    low, high = np.nanquantile(draws_S, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return {"value": float(value_1[0]), "low": float(low), "high": float(high)}
 
 
 def _totals(sums: DocumentSums, weights_SD: np.ndarray) -> Totals:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
+from rich.console import Console
 from rich.table import Table
 
 from retro_jax.evaluation.figures import ALPHAS
@@ -18,6 +19,15 @@ def spoken(row: str) -> str:
     """A row's name for people: "retro off" is "Retro, retrieval off"."""
     name, _, mode = row.partition(" ")
     return NAMES.get(name, name) + (f", {MODES[mode]}" if mode else "")
+
+
+def print_report(result: Mapping, console: Console) -> None:
+    """Both tables, and what they say."""
+    console.print(score_table(result))
+    if result["differences"]:
+        console.print(difference_table(result))
+    for sentence in result["in_words"]:
+        console.print(sentence, highlight=False)
 
 
 def score_table(result: Mapping) -> Table:
@@ -81,8 +91,9 @@ def draw_overlap(result: Mapping, path: Path) -> None:
 
     figure, axes = plt.subplots(figsize=(7.0, 4.2), layout="constrained")
     for number, (row, figures) in enumerate(result["models"].items()):
-        points = [(place, figures["by_overlap"][str(alpha)]) for place, alpha in enumerate(ALPHAS)]
-        points = [(place + 0.04 * number, point) for place, point in points if point["value"] is not None]
+        shift = 0.04 * number  # so that the intervals do not hide each other
+        points = [(place + shift, figures["by_overlap"][str(alpha)]) for place, alpha in enumerate(ALPHAS)]
+        points = [(place, point) for place, point in points if point["value"] is not None]
         values = [point["value"] for _, point in points]
         spread = [[p["value"] - p["low"] for _, p in points], [p["high"] - p["value"] for _, p in points]]
         axes.errorbar(
@@ -148,7 +159,10 @@ def _bands(pair: str, figures: Mapping, result: Mapping) -> list[str]:
         saved = {band: (figures["by_band"][str(a)]["value"] or 0.0) * share[str(a)] / total for band, a in enumerate(ALPHAS)}
         copied = saved[2] + saved[3]
         where = "mostly copying of passages that repeat" if copied > 0.5 else "not mostly copying of long repeats"
-        sentences.append(f"Chunks with overlap above {ALPHAS[1]:g} bring {copied:.0%} of the bits saved: the gain is {where}.")
+        more = " (the others lose some)" if copied > 1.0 else ""
+        sentences.append(
+            f"Chunks with overlap above {ALPHAS[1]:g} bring {copied:.0%} of the bits saved{more}: the gain is {where}."
+        )
     return sentences
 
 

@@ -22,6 +22,7 @@ from retro_jax.data.reader import RowReader
 from retro_jax.model import Retro
 from retro_jax.progress import progress_bar
 from retro_jax.training.loss import token_losses
+from retro_jax.training.state import Tree
 from retro_jax.training.step import cast, compute_dtype
 
 if TYPE_CHECKING:
@@ -55,13 +56,14 @@ def loss_step(model: Retro, config: TrainConfig, *, retrieval: bool) -> Step:
         config: tells the dtype to compute in, and how many tokens' logits exist at a time.
         retrieval: False leaves the retrieval path out.
     """
-    graph, state = nnx.split(model)
-    state = cast(state, compute_dtype(config))
+    graph, variables = nnx.split(model)
+    parameters: Tree = dict(nnx.to_pure_dict(variables).items())
+    state = cast(parameters, compute_dtype(config))
     return lambda batch: _losses(graph, state, jax.device_put(batch), retrieval=retrieval, chunk=config.loss_chunk)
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames=("retrieval", "chunk"))
-def _losses(graph: nnx.GraphDef, state: nnx.State, batch: Batch, *, retrieval: bool, chunk: int) -> jax.Array:
+def _losses(graph: nnx.GraphDef, state: Tree, batch: Batch, *, retrieval: bool, chunk: int) -> jax.Array:
     model = nnx.merge(graph, state)
     hidden_BTD = model(batch, retrieval=retrieval)
     return token_losses(hidden_BTD, model.output_table_VD(), batch.targets, chunk=chunk) * batch.loss_mask

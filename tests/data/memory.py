@@ -46,7 +46,7 @@ class MemoryNeighbours:
         self.ids_NS = np.asarray(ids_NS, np.int64)
         self.distances_NS = np.zeros(self.ids_NS.shape, np.float32)
 
-    def select(self, chunk_ids, k):
+    def select(self, chunk_ids, k, max_overlap=None):
         chunk_ids = np.asarray(chunk_ids)
         return np.where(chunk_ids[..., None] < 0, -1, self.ids_NS[np.maximum(chunk_ids, 0), :k])
 

@@ -1,6 +1,11 @@
 """Order, mixing, sharding and continuation of the training pipeline."""
 
 import itertools
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import grain
 import numpy as np
@@ -12,6 +17,7 @@ from retro_jax.data.pipeline import row_numbers, training_batches
 from retro_jax.data.reader import RowReader
 from retro_jax.data.training_rows import training_rows
 from retro_jax.errors import UserError
+from tests.data.disk import write_neighbours, write_tables
 from tests.data.memory import MemoryChunks, MemoryNeighbours
 
 L, C = 3, 4
@@ -131,19 +137,76 @@ def test_checkpointed_with_orbax(tmp_path):
     assert_equal(take(restored, 2), expected)
 
 
+@pytest.fixture(scope="module")
+def disk_reader(tmp_path_factory):
+    """The reader of :func:`make_reader`, with tables on disk, as worker processes get them."""
+    memory, folder = make_reader(), tmp_path_factory.mktemp("tables")
+    documents = [document.tolist() for document in memory.queries.documents]
+    tables = write_tables(folder, {"train": documents}, C, sources={"train": [5, 3]})
+    neighbours = write_neighbours(folder, {"train": memory.neighbours.ids_NS}, tables, 8)["train"]
+    return RowReader(queries=tables["train"], database=tables["train"], neighbours=neighbours, chunks=memory.chunks)
+
+
+def test_tables_on_disk_give_the_same_batches(disk_reader):
+    assert_equal(take(make_batches(reader=disk_reader), 5), take(make_batches(), 5))
+
+
 @pytest.mark.parametrize("workers", [1, 2])
-def test_worker_processes_give_the_same_batches_and_continue_each_others_states(workers):
+def test_worker_processes_give_the_same_batches_and_continue_each_others_states(disk_reader, workers):
     whole = take(make_batches(), 7)
-    batches = make_batches(workers=workers)
+    batches = make_batches(reader=disk_reader, workers=workers)
     try:
         assert_equal(take(batches, 3), whole[:3])
         state = batches.get_state()
     finally:
         batches.close()
     assert state == {**make_batches().get_state(), "next_batch": 3}
-    batches = make_batches(workers=3 - workers)
+    batches = make_batches(reader=disk_reader, workers=3 - workers)
     try:
         batches.set_state(state)
         assert_equal(take(batches, 4), whole[3:])
     finally:
         batches.close()
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from retro_jax.config import DataConfig
+from tests.data.disk import write_tables
+from tests.data.disk import write_neighbours, write_tables
+from tests.data.memory import memory_reader
+from tests.data.test_pipeline import make_batches
+import multiprocessing
+if __name__ == "__main__":
+    tables = write_tables(Path(sys.argv[1]), {"train": [list(range(1, 60))] * 9}, 4)
+    batches = make_batches(reader=memory_reader(tables["train"]), workers=2)
+    next(batches)
+    print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_workers_end_with_a_killed_parent(tmp_path):
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    parent = subprocess.Popen(
+        [sys.executable, script, tmp_path / "data"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment, text=True
+    )
+    workers = [int(pid) for pid in parent.stdout.readline().split()]
+    assert len(workers) == 2 and all(_runs(pid) for pid in workers)
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 30
+    while any(_runs(pid) for pid in workers):
+        assert time.monotonic() < deadline, "worker processes outlive their killed parent"
+        time.sleep(0.1)
+
+
+def _runs(pid):
+    """Whether a process is there and has not ended."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

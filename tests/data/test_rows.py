@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from retro_jax.data.rows import read_rows, segments_of
+from tests.data.disk import write_tables
 from tests.data.memory import EOD, MemoryChunks
 
 # chunks (C = 4): 0 = 1 2 3 4, 1 = 5 6 7 8, 2 = 9 10 | 3 = 11 12 13 14 | 4 = 15
@@ -12,15 +13,25 @@ DOCUMENTS = [list(range(1, 11)), [11, 12, 13, 14], [15]]
 DATABASE = [list(range(21, 30)), [30, 31]]
 
 
-def rows(ids, neighbours=None, scored=None, retrieved_len=8):
-    queries, database = MemoryChunks(DOCUMENTS, 4), MemoryChunks(DATABASE, 4)
-    ids = np.asarray(ids, np.int64)
-    neighbours = np.full((*ids.shape, 2), -1) if neighbours is None else np.asarray(neighbours, np.int64)
-    segments = segments_of(ids, queries.document_N)
-    return read_rows(ids, segments, neighbours, queries=queries, database=database, retrieved_len=retrieved_len, scored_BL=scored)
+@pytest.fixture(params=["memory", "disk"])
+def rows(request, tmp_path):
+    """Reads rows of the documents above, from tables in memory or on disk."""
+    if request.param == "memory":
+        queries, database = MemoryChunks(DOCUMENTS, 4), MemoryChunks(DATABASE, 4)
+    else:
+        tables = write_tables(tmp_path, {"train": DATABASE, "test": DOCUMENTS}, 4)
+        queries, database = tables["test"], tables["train"]
+
+    def read(ids, neighbours=None, scored=None):
+        ids = np.asarray(ids, np.int64)
+        neighbours = np.full((*ids.shape, 2), -1) if neighbours is None else np.asarray(neighbours, np.int64)
+        segments = segments_of(ids, queries.document_N)
+        return read_rows(ids, segments, neighbours, queries=queries, database=database, retrieved_len=8, scored_BL=scored)
+
+    return read
 
 
-def test_document_borders_row_ends_and_end_of_document():
+def test_document_borders_row_ends_and_end_of_document(rows):
     batch = rows([[0, 1], [2, 3], [4, -1]])
     np.testing.assert_array_equal(batch.tokens, [[1, 2, 3, 4, 5, 6, 7, 8], [9, 10, 0, 0, 11, 12, 13, 14], [15] + [0] * 7])
     # The first row ends inside document 0: its last target is read past the row's end.
@@ -35,7 +46,7 @@ def test_document_borders_row_ends_and_end_of_document():
     assert batch.loss_mask.dtype == np.float32 and batch.neighbour_mask.dtype == bool
 
 
-def test_neighbours_are_the_chunk_and_its_continuation_masked_at_the_documents_end():
+def test_neighbours_are_the_chunk_and_its_continuation_masked_at_the_documents_end(rows):
     batch = rows([[0, 1]], [[[1, -1], [0, 3]]])
     assert batch.neighbours.shape == (1, 2, 2, 8)
     np.testing.assert_array_equal(batch.neighbours[0, 0], [[25, 26, 27, 28, 29, 0, 0, 0], [0] * 8])
@@ -44,12 +55,12 @@ def test_neighbours_are_the_chunk_and_its_continuation_masked_at_the_documents_e
     np.testing.assert_array_equal(batch.neighbour_mask[0, 1], [[True] * 8, [True] * 2 + [False] * 6])
 
 
-def test_no_neighbours_asked_for():
+def test_no_neighbours_asked_for(rows):
     batch = rows([[0, 1]], np.zeros((1, 2, 0)))
     assert batch.neighbours.shape == batch.neighbour_mask.shape == (1, 2, 0, 8)
 
 
-def test_scored_chunks():
+def test_scored_chunks(rows):
     batch = rows([[0, 1], [2, 3]], scored=np.array([[False, True], [True, False]]))
     np.testing.assert_array_equal(batch.loss_mask, [[0, 0, 0, 0, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0, 0, 0]])
     np.testing.assert_array_equal(batch.targets[0], [2, 3, 4, 5, 6, 7, 8, 9])
