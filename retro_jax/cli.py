@@ -142,6 +142,10 @@ def exit_code(program: Callable[[], object]) -> int:
         where = f" ({error.filename})" if error.filename else ""
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             return _told(f"the disk is full{where}; free some space and run the same command again")
+        if error.errno == errno.EFBIG:
+            return _told(
+                f"a file may not grow as large as it has to{where}; raise the limit (ulimit -f), or use another file system"
+            )
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             return _told(f"no permission{where}: {error.strerror}; choose another --workdir, or change the permissions")
         raise

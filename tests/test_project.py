@@ -78,7 +78,9 @@ def test_constraints_pin_every_dependency_and_name_no_address() -> None:
     }
     lines = [line for line in (REPOSITORY / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
     for version in ("3.11", "3.12"):
-        pinned = {line.split("==")[0].lower() for line in lines if line.endswith(f'python_version == "{version}"')}
+        pinned = {
+            line.split("==")[0].lower().replace("_", "-") for line in lines if line.endswith(f'python_version == "{version}"')
+        }
         assert wanted - {"retro-jax"} <= pinned
     assert all(re.fullmatch(r'[\w.-]+==[\w.]+; python_version == "3\.1[12]"', line) for line in lines)
 
