@@ -80,7 +80,7 @@ def evaluate_perplexity(
         )
     sums_folder = folder / f"perplexity-{split}"
     sums_folder.mkdir(parents=True, exist_ok=True)
-    passes = list(_passes(models))
+    passes = sorted(_passes(models), key=lambda one: one.mode != "plain")  # a table reads better with baselines first
     scores = {one.row: _scored(one, config, prepared, rows, sums_folder) for one in passes}
     overlap_N = overlap_shares(config, prepared, documents, sums_folder)
     result = _result(config, prepared, passes, scores, overlap_N, steps or {})
@@ -174,6 +174,7 @@ def _result(
         "split": evaluation.split,
         "window": evaluation.window,
         "stride": evaluation.stride,
+        "chunk_len": config.chunks.chunk_len,
         "documents": len(sums.targets_D),
         "targets": int(sums.targets_D.sum()),
         "bytes": int(sums.bytes_BD.sum()),

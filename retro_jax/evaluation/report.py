@@ -11,6 +11,8 @@ from rich.table import Table
 from retro_jax.evaluation.figures import ALPHAS
 
 FEW_DOCUMENTS = 30
+# Bits per byte; a smaller difference is called none, however certain it is.
+WORTH_NAMING = 0.005
 NAMES = {"gpt": "GPT", "gpt_matched": "GPT, as many parameters", "retro": "Retro"}
 MODES = {"off": "retrieval off", "shuffled": "shuffled neighbours"}
 
@@ -116,6 +118,8 @@ def _ahead(pair: str, figures: Mapping, result: Mapping) -> str:
     gain = figures["bits_per_byte"]
     reached, against = (result["models"][row]["bits_per_byte"]["value"] for row in (main, baseline))
     side = "below" if gain["value"] >= 0 else "above"
+    if abs(gain["value"]) < WORTH_NAMING:
+        return f"{spoken(main)} takes {reached:.3f} bits per byte, {spoken(baseline)} {against:.3f}: no difference worth naming."
     return (
         f"{spoken(main)} takes {reached:.3f} bits per byte, {abs(gain['value']):.3f} {side} {spoken(baseline)} ({against:.3f}); "
         f"the 95% interval of the difference, {_interval(gain)}, {_verdict(gain)}."
@@ -127,9 +131,10 @@ def _controls(controls: Mapping[str, Mapping]) -> str:
         f"{figures['bits_per_byte']['value']:+.3f} ({_interval(figures['bits_per_byte'])}) with {MODES[mode]}"
         for mode, figures in controls.items()
     ]
-    if all(figures["bits_per_byte"]["low"] > 0 for figures in controls.values()):
+    meanings = {_effect(figures["bits_per_byte"]) for figures in controls.values()}
+    if meanings == {"gains"}:
         meaning = "the model uses what its neighbours say"
-    elif all(figures["bits_per_byte"]["high"] < 0 for figures in controls.values()):
+    elif meanings == {"loses"}:
         meaning = "its neighbours harm it"
     else:
         meaning = "it is not shown that the model uses what its neighbours say"
@@ -143,19 +148,18 @@ def _bands(pair: str, figures: Mapping, result: Mapping) -> list[str]:
     for band, alpha in enumerate(ALPHAS):
         figure = figures["by_band"][str(alpha)]
         if figure["value"] is not None:
-            what = "gains" if figure["low"] > 0 else "loses" if figure["high"] < 0 else "neither"
-            said[what].append(f"{_band_words(band)} ({share[str(alpha)]:.0%} of the bytes): {figure['value']:+.3f}")
+            said[_effect(figure)].append(f"{_band_words(band)} ({share[str(alpha)]:.0%} of the bytes): {figure['value']:+.3f}")
     phrases = {
         "gains": "it gains at overlap {}",
         "loses": "it loses at overlap {}",
-        "neither": "gain or loss is not certain at overlap {}",
+        "neither": "gain or loss is too small or not certain at overlap {}",
     }
     parts = [phrases[what].format(", ".join(bands)) for what, bands in said.items() if bands]
     sentences = [
         f"Against {spoken(baseline)}, by how much of a chunk stands in the training text in one run, {'; '.join(parts)}."
     ]
     total = figures["bits_per_byte"]["value"]
-    if total > 0 and figures["bits_per_byte"]["low"] > 0:
+    if _effect(figures["bits_per_byte"]) == "gains":
         saved = {band: (figures["by_band"][str(a)]["value"] or 0.0) * share[str(a)] / total for band, a in enumerate(ALPHAS)}
         copied = saved[2] + saved[3]
         where = "mostly copying of passages that repeat" if copied > 0.5 else "not mostly copying of long repeats"
@@ -164,6 +168,13 @@ def _bands(pair: str, figures: Mapping, result: Mapping) -> list[str]:
             f"Chunks with overlap above {ALPHAS[1]:g} bring {copied:.0%} of the bits saved{more}: the gain is {where}."
         )
     return sentences
+
+
+def _effect(figure: Mapping) -> str:
+    """Whether a difference (baseline - main) is a certain gain, a certain loss or neither."""
+    if abs(figure["value"]) < WORTH_NAMING:
+        return "neither"
+    return "gains" if figure["low"] > 0 else "loses" if figure["high"] < 0 else "neither"
 
 
 def _verdict(figure: Mapping) -> str:
@@ -180,7 +191,8 @@ def _facts(result: Mapping) -> str:
 
 def _legend(result: Mapping) -> str:
     return (
-        f"windows of {result['window']} tokens, {result['stride']} apart; a document's end counts bits but no bytes; "
+        f"windows of {result['window']} tokens, {result['stride']} apart; chunks of {result['chunk_len']}; "
+        "a document's end counts bits but no bytes; "
         "overlap: longest token run of a chunk that stands in the training text / chunk length"
     )
 
@@ -194,4 +206,4 @@ def _interval(figure: Mapping) -> str:
 
 
 def _signed(figure: Mapping) -> str:
-    return "-" if figure["value"] is None else f"{figure['value']:+.3f} ({figure['low']:+.3f} to {figure['high']:+.3f})"
+    return "-" if figure["value"] is None else f"{figure['value']:+.3f}\n{figure['low']:+.3f} to {figure['high']:+.3f}"

@@ -65,7 +65,7 @@ def make_config(sources=("python-docs",), **evaluation):
 
 def models(config, prepared, seed=0):
     model = with_vocab(config.model, prepared.tokenizer.vocab_size)
-    return {"gpt": build(dataclasses.replace(model, retro=None), seed), "retro": build(model, seed + 1)}
+    return {"retro": build(model, seed + 1), "gpt": build(dataclasses.replace(model, retro=None), seed)}
 
 
 def build(config, seed):
@@ -93,7 +93,7 @@ def test_what_stands_in_the_result(prepared, result):
     assert list(found["models"]) == ["gpt", "retro", "retro off", "retro shuffled"]
     assert list(found["differences"]) == ["gpt - retro", "retro off - retro", "retro shuffled - retro"]
     assert found["documents"] == table.num_documents
-    # The tokenizer has no BOS: every token but a document's first is a target, and EOD is one.
+    # The first token is BOS: all text is in the targets, and EOD is one.
     first = np.flatnonzero(np.diff(table.document_N, prepend=-1))
     assert found["targets"] == table.remaining_N[first].sum()
     tokens, lengths = data.tables["test"].gather(first, int(table.remaining_N.max()))
