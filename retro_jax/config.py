@@ -178,7 +178,8 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _check_positive(self, "seq_len", "batch_size", "prefetch")
-        _check(self.workers >= 0, f"DataConfig.workers={self.workers} must not be negative")
+        for name in ("workers", "seed"):
+            _check(getattr(self, name) >= 0, f"DataConfig.{name}={getattr(self, name)} must not be negative")
         if self.max_overlap is not None:
             _check(0.0 < self.max_overlap <= 1.0, f"DataConfig.max_overlap={self.max_overlap} must be above 0 and at most 1")
 
@@ -427,6 +428,7 @@ class EvalConfig:
     def __post_init__(self) -> None:
         _check_choice(self, "split", ("valid", "test"))
         _check_positive(self, "window", "stride", "batch_size", "overlap_neighbours", "bootstrap_samples")
+        _check(self.seed >= 0, f"EvalConfig.seed={self.seed} must not be negative")
         _check(self.stride <= self.window, f"EvalConfig.stride={self.stride} is above window={self.window}: tokens would be left out")
         if self.max_documents is not None:
             _check_positive(self, "max_documents")

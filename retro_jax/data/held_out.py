@@ -85,7 +85,11 @@ def held_out_batches(
     batches = -(-len(rows) // batch_size)
     if first_batch < batches:
         numbers = grain.MapDataset.range(first_batch, batches)
-        yield from numbers.map(read).to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4))
+        ahead = iter(numbers.map(read).to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)))
+        try:
+            yield from ahead
+        finally:
+            ahead.close()
 
 
 def target_chunks(chunk_ids_BL: np.ndarray, table: ChunkTable) -> np.ndarray:

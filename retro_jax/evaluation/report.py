@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
 from retro_jax.evaluation.figures import ALPHAS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 FEW_DOCUMENTS = 30
 # Bits per byte; a smaller difference is called none, however certain it is.
@@ -85,32 +89,45 @@ def in_words(result: Mapping) -> list[str]:
 
 
 def draw_overlap(result: Mapping, path: Path) -> None:
-    """A picture (PNG) of bits per byte over the chunks with at most some overlap, a line a model."""
+    """A picture (PNG): bits per byte over the chunks with at most some overlap, and the differences by band of overlap with their
+    intervals."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(figsize=(7.0, 4.2), layout="constrained")
-    for number, (row, figures) in enumerate(result["models"].items()):
-        shift = 0.04 * number  # so that the intervals do not hide each other
-        points = [(place + shift, figures["by_overlap"][str(alpha)]) for place, alpha in enumerate(ALPHAS)]
-        points = [(place, point) for place, point in points if point["value"] is not None]
-        values = [point["value"] for _, point in points]
-        spread = [[p["value"] - p["low"] for _, p in points], [p["high"] - p["value"] for _, p in points]]
-        axes.errorbar(
-            [x for x, _ in points], values, spread, marker="o", markersize=4, capsize=2, linewidth=1.4, label=spoken(row)
-        )
-    share = result["bytes_share"]["by_overlap"]
-    axes.set_xticks(range(len(ALPHAS)), [f"<= {alpha:g}\n{share[str(alpha)]:.0%} of bytes" for alpha in ALPHAS])
-    axes.set_xlabel("longest token run of a chunk that stands in the training text / chunk length")
-    axes.set_ylabel("bits per byte")
-    axes.set_title(f"{result['split']}: {result['documents']} held-out documents", fontsize=10)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(axis="y", alpha=0.3)
-    axes.legend(frameon=False, fontsize=8)
-    figure.savefig(path, dpi=150)
+    figure, (left, right) = plt.subplots(1, 2, figsize=(11.0, 4.4), layout="constrained")
+    for row, figures in result["models"].items():
+        _line(left, figures["by_overlap"], spoken(row))
+    for number, (pair, figures) in enumerate(result["differences"].items()):
+        label = " - ".join(spoken(row) for row in pair.split(" - "))
+        _line(right, figures["by_band"], label, shift=0.06 * number, intervals=True)
+    shares = result["bytes_share"]
+    left.set_xticks(range(len(ALPHAS)), [f"up to {a:g}\n{shares['by_overlap'][str(a)]:.0%} of bytes" for a in ALPHAS])
+    bands = [f"{_band_words(band)}\n{shares['by_band'][str(a)]:.0%} of bytes" for band, a in enumerate(ALPHAS)]
+    right.set_xticks(range(len(ALPHAS)), bands)
+    right.axhline(0.0, color="black", linewidth=0.8)
+    left.set_title(f"{result['split']}: {result['documents']} held-out documents", fontsize=10)
+    right.set_title("differences, 95% intervals; above 0: Retro with its neighbours is better", fontsize=10)
+    for axes in (left, right):
+        axes.set_ylabel("bits per byte")
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.grid(axis="y", alpha=0.3)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(frameon=False, fontsize=8)
+    figure.supxlabel("overlap: longest token run of a chunk that stands in the training text / chunk length", fontsize=9)
+    figure.savefig(path, dpi=130)
     plt.close(figure)
+
+
+def _line(axes: Axes, figures: Mapping, label: str, *, shift: float = 0.0, intervals: bool = False) -> None:
+    """One line over ALPHAS, moved a little where intervals would hide each other."""
+    points = [(place + shift, figures[str(alpha)]) for place, alpha in enumerate(ALPHAS)]
+    points = [(place, point) for place, point in points if point["value"] is not None]
+    values = [point["value"] for _, point in points]
+    spread = [[p["value"] - p["low"] for _, p in points], [p["high"] - p["value"] for _, p in points]]
+    places = [place for place, _ in points]
+    axes.errorbar(places, values, spread if intervals else None, marker="o", markersize=4, capsize=2, linewidth=1.4, label=label)
 
 
 def _ahead(pair: str, figures: Mapping, result: Mapping) -> str:
