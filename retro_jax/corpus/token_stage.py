@@ -128,7 +128,7 @@ def _encoded(model: Tokenizer, config: CorpusConfig, block: list[Document]) -> B
     kept = [document for document in block if document.text.strip()]
     rows = model.encode_batch([document.text for document in kept], [document.where for document in kept])
     full = [(row, document) for row, document in zip(rows, kept, strict=True) if len(row)]
-    begin = [] if model.bos_id is None else [model.bos_id]
+    begin = np.asarray([] if model.bos_id is None else [model.bos_id], np.int32)
     tokens = np.concatenate(
         [np.zeros(0, np.int32), *(part for row, _ in full for part in (begin, row, [model.eod_id]))], dtype=np.int32
     )
