@@ -122,7 +122,7 @@ def same_arguments(run: Run, arguments: argparse.Namespace, *changes: str) -> st
 
 def report_console() -> Console:
     """Where tables are printed: as wide as the terminal, and wide enough for them in a file."""
-    return Console(width=None if sys.stdout.isatty() else 140)
+    return Console(width=None if sys.stdout.isatty() else 160)
 
 
 def exit_code(program: Callable[[], object]) -> int:
