@@ -7,6 +7,7 @@ from typing import Literal
 import jax
 
 from retro_jax.kernels.attention import reference, xla
+from retro_jax.kernels.choice import choose
 
 Implementation = Literal["reference", "xla"]
 IMPLEMENTATIONS = {"reference": reference.attention, "xla": xla.attention}
@@ -31,13 +32,13 @@ def attention(
         mask_XQS: bool, True where a query may see a key; its query axis may be 1; None: all may.
         null_logit_N: a learned logit a head for attending to nothing (a key whose value is zero).
         dropout, dropout_key: dropout on the attention weights; the key is needed when the share is above 0.
-        implementation: None takes "xla".
+        implementation: a name runs or raises; None takes "xla".
 
     Returns:
         [X, Q, N, H] in q's dtype. A query that may see no key gets 0 and zero gradient.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit, or an implementation that there is not.
     """
     (X, Q, N, H), (Xk, S, G, Hk) = q_XQNH.shape, k_XSGH.shape
     if (X, H) != (Xk, Hk) or k_XSGH.shape != v_XSGH.shape or N % G:
@@ -49,5 +50,5 @@ def attention(
         raise ValueError(f"attention: mask {mask_XQS.shape} is neither {(X, Q, S)} nor {(X, 1, S)}")
     if dropout > 0.0 and dropout_key is None:
         raise ValueError(f"attention: dropout={dropout} needs a dropout_key")
-    run = IMPLEMENTATIONS[implementation or "xla"]
+    run = choose("attention", IMPLEMENTATIONS, implementation)
     return run(q_XQNH, k_XSGH, v_XSGH, mask_XQS, null_logit_N, dropout=dropout, dropout_key=dropout_key)

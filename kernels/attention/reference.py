@@ -40,6 +40,7 @@ def attention(
         total = total + jnp.exp(null_XNQ1 - peak)
     weights = weights / jnp.where(total > 0.0, total, 1.0)
     if dropout > 0.0:
+        assert dropout_key is not None
         keep = jax.random.bernoulli(dropout_key, 1.0 - dropout, weights.shape)
         weights = jnp.where(keep, weights / (1.0 - dropout), 0.0)
     return jnp.einsum("xnqs,xsnh->xqnh", weights, v, precision="highest").astype(q_XQNH.dtype)

@@ -7,10 +7,11 @@ dS = P * (dP - rowsum(dO * O))).
 
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
-from retro_jax.kernels.attention import reference
 from retro_jax.kernels.precision import accumulation_dtype
 
 # Stands for -inf where a finite number keeps exp and differences free of NaN.
@@ -27,32 +28,43 @@ def attention(
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
 ) -> jax.Array:
-    """See :func:`retro_jax.kernels.attention.attention`. Dropout on the weights takes the reference."""
-    if dropout > 0.0:
-        return reference.attention(q_XQNH, k_XSGH, v_XSGH, mask_XQS, null_logit_N, dropout=dropout, dropout_key=dropout_key)
+    """See :func:`retro_jax.kernels.attention.attention`."""
     X, Q, N, H = q_XQNH.shape
-    G = k_XSGH.shape[2]
+    S, G = k_XSGH.shape[1:3]
     q_XGPH = q_XQNH.reshape(X, Q, G, N // G, H).transpose(0, 2, 3, 1, 4).reshape(X, G, N // G * Q, H)
     k_XGSH, v_XGSH = k_XSGH.transpose(0, 2, 1, 3), v_XSGH.transpose(0, 2, 1, 3)
     null_GP = None
     if null_logit_N is not None:
         null_GP = jnp.repeat(null_logit_N.reshape(G, N // G), Q, axis=1)
-    o_XGPH = _attention(q_XGPH, k_XGSH, v_XGSH, mask_XQS, null_GP)
+    keep_XGPS = None
+    if dropout > 0.0:
+        assert dropout_key is not None
+        keep_XGPS = jax.random.bernoulli(dropout_key, 1.0 - dropout, (X, N, Q, S)).reshape(X, G, N // G * Q, S)
+    o_XGPH = _attention(dropout, q_XGPH, k_XGSH, v_XGSH, mask_XQS, null_GP, keep_XGPS)
     return o_XGPH.reshape(X, G, N // G, Q, H).transpose(0, 3, 1, 2, 4).reshape(X, Q, N, H)
 
 
-@jax.custom_vjp
-def _attention(q_XGPH, k_XGSH, v_XGSH, mask_XQS, null_GP):
-    return _forward(q_XGPH, k_XGSH, v_XGSH, mask_XQS, null_GP)[0]
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(
+    dropout: float,
+    q_XGPH: jax.Array,
+    k_XGSH: jax.Array,
+    v_XGSH: jax.Array,
+    mask_XQS: jax.Array | None,
+    null_GP: jax.Array | None,
+    keep_XGPS: jax.Array | None,
+) -> jax.Array:
+    """P runs over the query heads of a group and the queries of a problem; ``keep_XGPS`` says which weights are not dropped."""
+    return _forward(dropout, q_XGPH, k_XGSH, v_XGSH, mask_XQS, null_GP, keep_XGPS)[0]
 
 
-def _product(dims: str, a, b):
+def _product(dims: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """einsum accumulated in float32, or in float64 for float64 operands."""
     return jnp.einsum(dims, a, b, preferred_element_type=accumulation_dtype(a.dtype))
 
 
-def _scores(q_XGPH, k_XGSH, mask_XQS):
-    """Scaled, masked scores [X, G, P, S]; P runs over the query heads of a group and the queries of a problem."""
+def _scores(q_XGPH: jax.Array, k_XGSH: jax.Array, mask_XQS: jax.Array | None) -> jax.Array:
+    """Scaled, masked scores [X, G, P, S]."""
     scores = _product("xgph,xgsh->xgps", q_XGPH, k_XGSH)
     scores = scores * q_XGPH.shape[-1] ** -0.5
     if mask_XQS is None:
@@ -63,7 +75,20 @@ def _scores(q_XGPH, k_XGSH, mask_XQS):
     return masked.reshape(X, G, P, S)
 
 
-def _forward(q_XGPH, k_XGSH, v_XGSH, mask_XQS, null_GP):
+def _drop(x_XGPS: jax.Array, keep_XGPS: jax.Array | None, dropout: float) -> jax.Array:
+    return x_XGPS if keep_XGPS is None else jnp.where(keep_XGPS, x_XGPS / (1.0 - dropout), 0.0)
+
+
+def _forward(
+    dropout: float,
+    q_XGPH: jax.Array,
+    k_XGSH: jax.Array,
+    v_XGSH: jax.Array,
+    mask_XQS: jax.Array | None,
+    null_GP: jax.Array | None,
+    keep_XGPS: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
+    """The output and the log-sum-exp of each query's scores."""
     scores = _scores(q_XGPH, k_XGSH, mask_XQS)
     peak = scores.max(-1, keepdims=True)
     if null_GP is not None:
@@ -74,31 +99,31 @@ def _forward(q_XGPH, k_XGSH, v_XGSH, mask_XQS, null_GP):
     total = weights.sum(-1, keepdims=True)
     if null_GP is not None:
         total = total + jnp.exp(null - peak)
-    o = _product("xgps,xgsh->xgph", weights.astype(v_XGSH.dtype), v_XGSH)
+    o = _product("xgps,xgsh->xgph", _drop(weights, keep_XGPS, dropout).astype(v_XGSH.dtype), v_XGSH)
     o = jnp.where(dead, 0.0, o / total).astype(q_XGPH.dtype)
     lse = jnp.where(dead, -LOWEST, peak + jnp.log(total))
     return o, lse
 
 
-def _attention_fwd(q_XGPH, k_XGSH, v_XGSH, mask_XQS, null_GP):
-    o, lse = _forward(q_XGPH, k_XGSH, v_XGSH, mask_XQS, null_GP)
-    return o, (q_XGPH, k_XGSH, v_XGSH, mask_XQS, null_GP, o, lse)
+def _attention_fwd(dropout, q_XGPH, k_XGSH, v_XGSH, mask_XQS, null_GP, keep_XGPS):  # type: ignore[no-untyped-def]
+    o, lse = _forward(dropout, q_XGPH, k_XGSH, v_XGSH, mask_XQS, null_GP, keep_XGPS)
+    return o, (q_XGPH, k_XGSH, v_XGSH, mask_XQS, null_GP, keep_XGPS, o, lse)
 
 
-def _attention_bwd(residuals, do_XGPH):
-    q, k, v, mask, null_GP, o, lse = residuals
+def _attention_bwd(dropout, residuals, do_XGPH):  # type: ignore[no-untyped-def]
+    q, k, v, mask, null_GP, keep, o, lse = residuals
     weights = jnp.exp(_scores(q, k, mask) - lse)  # exactly 0 where masked and in dead rows
     delta = (do_XGPH.astype(lse.dtype) * o.astype(lse.dtype)).sum(-1, keepdims=True)
-    dweights = _product("xgph,xgsh->xgps", do_XGPH, v)
+    dweights = _drop(_product("xgph,xgsh->xgps", do_XGPH, v), keep, dropout)
     dscores = (weights * (dweights - delta) * q.shape[-1] ** -0.5).astype(q.dtype)
-    dv = _product("xgps,xgph->xgsh", weights.astype(v.dtype), do_XGPH).astype(v.dtype)
+    dv = _product("xgps,xgph->xgsh", _drop(weights, keep, dropout).astype(v.dtype), do_XGPH).astype(v.dtype)
     dq = _product("xgps,xgsh->xgph", dscores, k).astype(q.dtype)
     dk = _product("xgps,xgph->xgsh", dscores, q).astype(k.dtype)
     dnull = None
     if null_GP is not None:
         null_weight = jnp.exp(null_GP.astype(lse.dtype)[None, :, :, None] - lse)
         dnull = (-null_weight * delta).sum((0, 3)).astype(null_GP.dtype)
-    return dq, dk, dv, None, dnull
+    return dq, dk, dv, None, dnull, None
 
 
 _attention.defvjp(_attention_fwd, _attention_bwd)

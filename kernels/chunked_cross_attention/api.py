@@ -6,6 +6,7 @@ from typing import Literal
 
 import jax
 
+from retro_jax.kernels.choice import choose
 from retro_jax.kernels.chunked_cross_attention import reference, xla
 
 Implementation = Literal["reference", "xla"]
@@ -38,13 +39,13 @@ def chunked_cross_attention(
         chunk_len: C.
         first_chunk_len_B: int32 in 1..C; None: C in every row, and T = L * C.
         dropout, dropout_key: dropout on the attention weights.
-        implementation: None takes "xla".
+        implementation: a name runs or raises; None takes "xla".
 
     Returns:
         [B, T, N, H] in q's dtype; 0 with zero gradient for a token that reads no chunk, or a chunk without a valid key.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes that do not fit, or an implementation that there is not.
     """
     (B, T, N, H), (Bk, L, S, G, Hk) = q_BTNH.shape, k_BLSGH.shape
     if (B, H) != (Bk, Hk) or k_BLSGH.shape != v_BLSGH.shape or N % G or key_mask_BLS.shape != (B, L, S):
@@ -54,7 +55,7 @@ def chunked_cross_attention(
         )
     if first_chunk_len_B is None and T != L * chunk_len:
         raise ValueError(f"chunked_cross_attention: {T} tokens are not {L} chunks of {chunk_len}; give first_chunk_len_B")
-    run = IMPLEMENTATIONS[implementation or "xla"]
+    run = choose("chunked_cross_attention", IMPLEMENTATIONS, implementation)
     return run(
         q_BTNH,
         k_BLSGH,
