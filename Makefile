@@ -36,6 +36,7 @@ endif
 
 lint: install-dev
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/mypy kernels train.py eval.py
 

@@ -117,14 +117,17 @@ def open_artefact(path: Path, kind: str, *, checksums: str = "small") -> Artefac
     try:
         manifest = json.loads((path / MANIFEST).read_text())
     except FileNotFoundError:
-        raise UserError(f"{path} is not there or not finished; run `python -m retro_jax prepare` with the same config first") from None
+        raise UserError(
+            f"{path} is not there or not finished; run `python -m retro_jax prepare` with the same config first"
+        ) from None
     except (json.JSONDecodeError, UnicodeDecodeError):
         raise UserError(f"{path / MANIFEST} is corrupted; {_rebuild_hint(path)}") from None
     if manifest.get("kind") != kind:
         raise UserError(f"{path} holds {manifest.get('kind')!r}, not {kind!r}; check the folder given")
     if manifest.get("format_version") != FORMAT_VERSION:
         raise UserError(
-            f"{path} has format version {manifest.get('format_version')}, this program reads {FORMAT_VERSION}; {_rebuild_hint(path)}"
+            f"{path} has format version {manifest.get('format_version')}, this program reads {FORMAT_VERSION}; "
+            f"{_rebuild_hint(path)}"
         )
     for name, facts in manifest["files"].items():
         _check_file(path, name, facts, checksums)
@@ -174,7 +177,10 @@ def _file_facts(folder: Path) -> dict:
     facts = {}
     for path in sorted(p for p in folder.rglob("*") if p.is_file()):
         stat = path.stat()
-        facts[str(path.relative_to(folder))] = {"bytes": stat.st_size, "sha256": _digest_file(path, stat.st_size, stat.st_mtime_ns)}
+        facts[str(path.relative_to(folder))] = {
+            "bytes": stat.st_size,
+            "sha256": _digest_file(path, stat.st_size, stat.st_mtime_ns),
+        }
     return facts
 
 
@@ -185,9 +191,9 @@ def _check_file(folder: Path, name: str, facts: Mapping, checksums: str) -> None
     stat = path.stat()
     if stat.st_size != facts["bytes"]:
         raise UserError(f"{path} has {stat.st_size} bytes instead of {facts['bytes']} (truncated?); {_rebuild_hint(folder)}")
-    if checksums == "all" or stat.st_size <= CHECKSUM_ON_OPEN_BYTES:
-        if _digest_file(path, stat.st_size, stat.st_mtime_ns) != facts["sha256"]:
-            raise UserError(f"{path} is corrupted (its checksum is not the manifest's); {_rebuild_hint(folder)}")
+    checked = checksums == "all" or stat.st_size <= CHECKSUM_ON_OPEN_BYTES
+    if checked and _digest_file(path, stat.st_size, stat.st_mtime_ns) != facts["sha256"]:
+        raise UserError(f"{path} is corrupted (its checksum is not the manifest's); {_rebuild_hint(folder)}")
 
 
 def _rebuild_hint(path: Path) -> str:
@@ -226,5 +232,7 @@ def _disk_full_told(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise UserError(f"the disk is full while building {path}; free some space and run again, finished blocks are kept") from error
+            raise UserError(
+                f"the disk is full while building {path}; free some space and run again, finished blocks are kept"
+            ) from error
         raise

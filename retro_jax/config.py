@@ -159,7 +159,9 @@ class RetrievalConfig:
 
     def __post_init__(self) -> None:
         _check_choice(self, "embedder", ("tfidf", "lsa"))
-        _check_positive(self, "features", "max_ngram", "lsa_dim", "lsa_train_chunks", "index_train_chunks", "saved", "block_chunks", "workers")
+        _check_positive(
+            self, "features", "max_ngram", "lsa_dim", "lsa_train_chunks", "index_train_chunks", "saved", "block_chunks", "workers"
+        )
         _check(self.features < 2**31, f"RetrievalConfig.features={self.features} must be below 2**31")
 
 
@@ -220,7 +222,8 @@ class EncoderConfig:
         _check_fraction(self, "dropout", "attention_dropout")
         _check(
             self.embedding == "own" or self.width is None,
-            "EncoderConfig.width differs from the decoder's, so the embedding cannot be shared; set EncoderConfig.embedding='own'",
+            "EncoderConfig.width differs from the decoder's, so the embedding cannot be shared; "
+            "set EncoderConfig.embedding='own'",
         )
 
 
@@ -255,7 +258,10 @@ class RetroConfig:
         _check_choice(self, "cca_init", ("standard", "copy"))
         _check_positive(self, "conv_width", "copy_strength")
         _check_fraction(self, "neighbour_dropout")
-        _check(not isinstance(self.gate, str) or self.gate == "learned", f"RetroConfig.gate={self.gate!r} is neither a number nor 'learned'")
+        _check(
+            not isinstance(self.gate, str) or self.gate == "learned",
+            f"RetroConfig.gate={self.gate!r} is neither a number nor 'learned'",
+        )
         if self.cca_layers is not None:
             _check(len(self.cca_layers) > 0, "RetroConfig.cca_layers is empty; for a plain GPT set ModelConfig.retro = None")
             _check(
@@ -299,7 +305,9 @@ class ModelConfig:
     retro: RetroConfig | None = field(default_factory=RetroConfig)
 
     def __post_init__(self) -> None:
-        _check_positive(self, "vocab_multiple", "width", "num_layers", "num_heads", "max_positions", "rotary_scale", "init_std", "norm_eps")
+        _check_positive(
+            self, "vocab_multiple", "width", "num_layers", "num_heads", "max_positions", "rotary_scale", "init_std", "norm_eps"
+        )
         for name in ("vocab_size", "num_kv_heads", "head_dim", "ffn_dim"):
             if getattr(self, name) is not None:
                 _check_positive(self, name)
@@ -309,7 +317,9 @@ class ModelConfig:
         if self.implementation is not None:
             _check_choice(self, "implementation", get_args(Implementation))
         _check_fraction(self, "dropout", "attention_dropout")
-        _check(0.0 < self.rotary_fraction <= 1.0, f"ModelConfig.rotary_fraction={self.rotary_fraction} must be above 0 and at most 1")
+        _check(
+            0.0 < self.rotary_fraction <= 1.0, f"ModelConfig.rotary_fraction={self.rotary_fraction} must be above 0 and at most 1"
+        )
         _check(
             self.head_dim is not None or self.width % self.num_heads == 0,
             f"ModelConfig.width={self.width} is not divisible by num_heads={self.num_heads}; set ModelConfig.head_dim explicitly",
@@ -322,7 +332,8 @@ class ModelConfig:
             layers = self.cca_layers
             _check(
                 len(layers) > 0,
-                f"the published rule puts no CCA layer into ModelConfig.num_layers={self.num_layers}; set RetroConfig.cca_layers, for example ({self.num_layers},)",
+                f"the published rule puts no CCA layer into ModelConfig.num_layers={self.num_layers}; "
+                f"set RetroConfig.cca_layers, for example ({self.num_layers},)",
             )
             _check(
                 layers[-1] <= self.num_layers,
@@ -406,7 +417,10 @@ class TrainConfig:
         _check_positive(self, "steps", "accumulate", "loss_chunk", "log_every", "checkpoint_every", "keep")
         _check_choice(self, "precision", ("auto", "float32", "bfloat16"))
         for baseline in self.baselines:
-            _check(baseline in get_args(Baseline), f"TrainConfig.baselines names {baseline!r}; choose from {', '.join(get_args(Baseline))}")
+            _check(
+                baseline in get_args(Baseline),
+                f"TrainConfig.baselines names {baseline!r}; choose from {', '.join(get_args(Baseline))}",
+            )
         for name in ("valid_every", "valid_batches"):
             _check(getattr(self, name) >= 0, f"TrainConfig.{name}={getattr(self, name)} must not be negative")
 
@@ -429,7 +443,9 @@ class EvalConfig:
         _check_choice(self, "split", ("valid", "test"))
         _check_positive(self, "window", "stride", "batch_size", "overlap_neighbours", "bootstrap_samples")
         _check(self.seed >= 0, f"EvalConfig.seed={self.seed} must not be negative")
-        _check(self.stride <= self.window, f"EvalConfig.stride={self.stride} is above window={self.window}: tokens would be left out")
+        _check(
+            self.stride <= self.window, f"EvalConfig.stride={self.stride} is above window={self.window}: tokens would be left out"
+        )
         if self.max_documents is not None:
             _check_positive(self, "max_documents")
 
@@ -454,7 +470,8 @@ class Config:
         if self.model.retro is not None:
             _check(
                 self.model.retro.chunks == self.chunks,
-                f"Config.chunks={self.chunks} and RetroConfig.chunks={self.model.retro.chunks} differ; give both the same ChunkConfig",
+                f"Config.chunks={self.chunks} and RetroConfig.chunks={self.model.retro.chunks} differ; "
+                "give both the same ChunkConfig",
             )
         for name, value in (
             ("DataConfig.seq_len", self.data.seq_len),
@@ -465,15 +482,18 @@ class Config:
             _check(value % m == 0, f"{name}={value} is not a multiple of ChunkConfig.chunk_len={m}; use {nearest}")
         _check(
             self.chunks.num_neighbours <= self.retrieval.saved,
-            f"ChunkConfig.num_neighbours={self.chunks.num_neighbours} is above RetrievalConfig.saved={self.retrieval.saved}; save at least as many",
+            f"ChunkConfig.num_neighbours={self.chunks.num_neighbours} is above RetrievalConfig.saved={self.retrieval.saved}; "
+            "save at least as many",
         )
         _check(
             self.evaluation.overlap_neighbours <= self.retrieval.saved,
-            f"EvalConfig.overlap_neighbours={self.evaluation.overlap_neighbours} is above RetrievalConfig.saved={self.retrieval.saved}",
+            f"EvalConfig.overlap_neighbours={self.evaluation.overlap_neighbours} is above "
+            f"RetrievalConfig.saved={self.retrieval.saved}; save at least as many",
         )
         _check(
             self.data.batch_size % self.training.accumulate == 0,
-            f"DataConfig.batch_size={self.data.batch_size} is not a multiple of TrainConfig.accumulate={self.training.accumulate}",
+            f"DataConfig.batch_size={self.data.batch_size} is not a multiple of "
+            f"TrainConfig.accumulate={self.training.accumulate}; change one of them",
         )
         if self.model.positions == "learned":
             longest = max(self.data.seq_len, self.evaluation.window)
