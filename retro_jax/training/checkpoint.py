@@ -85,9 +85,7 @@ class Checkpoints:
         }
         self._manager = ocp.CheckpointManager(self.folder, options=options, item_handlers=handlers)
         for step in self.steps:
-            loss = self._read_about(step).get("valid_loss")
-            if loss is not None:
-                self._valid_losses[step] = loss
+            self._note_valid_loss(step)
 
     def __enter__(self) -> Checkpoints:
         return self
@@ -209,6 +207,15 @@ class Checkpoints:
             raise
         except Exception as error:
             raise self._corrupted(step, error) from error
+
+    def _note_valid_loss(self, step: int) -> None:
+        try:
+            loss = self._read_about(step)["valid_loss"]
+        except Exception as error:  # told to the user when this checkpoint is asked for
+            logging.getLogger(__name__).info("checkpoint %d cannot be read: %s", step, error)
+            return
+        if loss is not None:
+            self._valid_losses[step] = loss
 
     def _read_about(self, step: int) -> dict:
         return self._manager.restore(step, args=ocp.args.Composite(**{ABOUT: ocp.args.JsonRestore()}))[ABOUT]

@@ -58,7 +58,7 @@ def make_train_step(form: ModelForm, optimizer: optax.GradientTransformation, co
         with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
             updates, moments = optimizer.update(gradient, state.moments, state.params)
         params = optax.apply_updates(state.params, updates)
-        metrics = StepMetrics(loss, optax.global_norm(gradient), targets)
+        metrics = StepMetrics(loss, optax.tree.norm(gradient), targets)
         return TrainState(state.step + 1, params, state.frozen, moments), metrics
 
     return train_step

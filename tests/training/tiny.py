@@ -1,18 +1,14 @@
-"""A tiny run on synthetic batches, in this process or in one that a test kills: ``python -m tests.training.tiny FOLDER '{...}'``."""
+"""A tiny run on synthetic batches, here or in a process that a test kills: ``python -m tests.training.tiny FOLDER JSON``."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import os
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import grain
-import jax
 import numpy as np
 
 from retro_jax.config import (
