@@ -320,6 +320,6 @@ def test_text_holds_every_field_and_json_the_same() -> None:
     assert json.loads(config_json(config)) == json.loads(json.dumps(dataclasses.asdict(config)))
 
 
-@pytest.mark.parametrize("name", sorted(p.name for p in CONFIGS.glob("*.gin")))
+@pytest.mark.parametrize("name", sorted(str(p.relative_to(CONFIGS)) for p in CONFIGS.rglob("*.gin")))
 def test_resolved_configs_are_golden(name: str, golden: Callable[[str, str], None]) -> None:
     golden(f"configs/{name}", config_text(load_config([CONFIGS / name])))
