@@ -4,18 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar, Protocol, Self, TypeAlias
-
-import numpy as np
-from scipy.sparse import csr_matrix
+from typing import ClassVar, Protocol, Self
 
 from retro_jax.artefact import Artefact, build_artefact, open_artefact
 from retro_jax.config import RetrievalConfig
 from retro_jax.retrieval.chunk_texts import ChunkTexts
 from retro_jax.retrieval.lsa import LsaEmbedder
 from retro_jax.retrieval.tfidf import TfidfEmbedder
-
-Vectors: TypeAlias = np.ndarray | csr_matrix
+from retro_jax.retrieval.vectors import Vectors
 
 
 class Embedder(Protocol):

@@ -11,10 +11,9 @@ import numpy as np
 from retro_jax.artefact import Artefact, build_artefact
 from retro_jax.config import RetrievalConfig
 from retro_jax.retrieval.dense_build import build_dense_index, dense_index_settings
-from retro_jax.retrieval.dense_index import DenseIndex, import_faiss, make_index
-from retro_jax.retrieval.embedder import EMBEDDERS, Vectors
+from retro_jax.retrieval.dense_index import DenseIndex
 from retro_jax.retrieval.sparse_index import SparseIndex, build_sparse_index
-from retro_jax.retrieval.vectors import SparseVectors, open_vectors
+from retro_jax.retrieval.vectors import SparseVectors, Vectors, open_vectors
 
 # How neighbours' distances are defined, whatever the embedder; said in the manifest.
 DISTANCE = "1 - cosine"
@@ -49,16 +48,6 @@ def build_index(config: RetrievalConfig, vectors: Artefact, path: Path) -> Artef
 
     settings = {} if isinstance(database, SparseVectors) else dense_index_settings(config)
     return build_artefact(path, kind="index", settings=settings, inputs={"vectors": vectors.fingerprint}, make=make)
-
-
-def check_index(config: RetrievalConfig) -> None:
-    """Refuse an index that cannot be made before anything long is done for it.
-
-    Raises:
-        UserError: faiss is missing, or does not understand the factory string.
-    """
-    if not EMBEDDERS[config.embedder].sparse and config.index_factory != "auto":
-        make_index(import_faiss(), config.index_factory, config.lsa_dim)
 
 
 def open_index(index: Artefact, vectors: Artefact) -> Index:

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from threadpoolctl import threadpool_limits
 
-from retro_jax.artefact import MANIFEST, Artefact, build_artefact, open_artefact
+from retro_jax.artefact import MANIFEST, build_artefact
 from retro_jax.config import SPLITS, ChunkConfig, RetrievalConfig, Split
 from retro_jax.corpus.chunk_table import ChunkTable
 from retro_jax.errors import UserError
 from retro_jax.retrieval.chunk_texts import ChunkTexts
+from retro_jax.retrieval.dense_index import import_faiss, make_index
 from retro_jax.retrieval.embedder import EMBEDDERS, build_embedder
-from retro_jax.retrieval.index import DISTANCE, Index, build_index, check_index, open_index
+from retro_jax.retrieval.embedding import build_vectors
+from retro_jax.retrieval.index import build_index
 from retro_jax.retrieval.memory import in_words
-from retro_jax.retrieval.neighbour_table import NEIGHBOURS, ROWS_AT_ONCE, NeighbourTable
-from retro_jax.retrieval.search import nearest_outside
+from retro_jax.retrieval.neighbour_table import NEIGHBOURS, NeighbourTable
+from retro_jax.retrieval.search_stage import search_all
 from retro_jax.retrieval.sparse_index import refuse_too_large
-from retro_jax.retrieval.split_blocks import SplitBlocks
 from retro_jax.retrieval.tfidf import count_ngrams
-from retro_jax.retrieval.vectors import DenseVectors, SparseVectors, build_vectors, open_vectors
 
 SAMPLED_CHUNKS = 4096
 
@@ -56,7 +53,7 @@ def build_neighbours(
         )
     texts = ChunkTexts.of(data_dir)
     if not (data_dir / "index" / MANIFEST).exists():
-        check_index(config)
+        _check_index(config)
         _say_memory(config, texts)
     embedder = build_embedder(config, texts, data_dir / "embedder")
     vectors = build_vectors(config, texts, embedder, data_dir / "vectors")
@@ -66,58 +63,20 @@ def build_neighbours(
         kind=NEIGHBOURS,
         settings={"saved": config.saved},
         inputs={"index": index.fingerprint, "vectors": vectors.fingerprint, **texts.inputs},
-        make=lambda folder: _search_all(config, texts, index, vectors, folder),
+        make=lambda folder: search_all(config, texts, index, vectors, folder),
     )
     R = chunks.retrieved_len
     return {split: NeighbourTable(neighbours.path, split, tables[split], tables["train"], R) for split in SPLITS}
 
 
-@dataclass(frozen=True)
-class _Searched:
-    """What a worker opens once: names only, so that it travels to other processes."""
+def _check_index(config: RetrievalConfig) -> None:
+    """Refuse an index that cannot be made before anything long is done for it.
 
-    texts: ChunkTexts
-    index: Path
-    vectors: Path
-    fingerprint: str
-
-
-def _search_all(config: RetrievalConfig, texts: ChunkTexts, index: Artefact, vectors: Artefact, folder: Path) -> Mapping:
-    blocks = SplitBlocks(config, texts)
-    searched = _Searched(texts, index.path, vectors.path, index.fingerprint)
-    blocks.run(folder, _search_block, searched, config.saved, description="neighbours")
-    none: dict[str, np.ndarray] = {
-        "ids": np.zeros((0, config.saved), np.int64),
-        "distances": np.zeros((0, config.saved), np.float32),
-    }
-    blocks.join(folder, none)
-    splits = {split: _counts(np.load(folder / f"{split}.ids.npy", mmap_mode="r")) for split in SPLITS}
-    facts = {name: index.summary[name] for name in ("search", "factory", "why", "search_parameters") if name in index.summary}
-    return {"splits": splits, "database": blocks.chunks["train"], "distance": DISTANCE, **facts}
-
-
-def _search_block(searched: _Searched, saved: int, split: Split, start: int, stop: int) -> dict[str, np.ndarray]:
-    index, vectors = _opened(searched)
-    document_N = searched.texts.table("train").document_N
-    own_document_Q = np.array(document_N[start:stop]) if split == "train" else np.full(stop - start, -1)
-    with threadpool_limits(1):
-        ids_QS, distances_QS = nearest_outside(index, vectors[split].rows(start, stop), own_document_Q, document_N, saved)
-    return {"ids": ids_QS, "distances": distances_QS}
-
-
-@functools.lru_cache(maxsize=1)
-def _opened(searched: _Searched) -> tuple[Index, dict[Split, DenseVectors | SparseVectors]]:
-    vectors = open_artefact(searched.vectors, "vectors")
-    return open_index(open_artefact(searched.index, "index"), vectors), {split: open_vectors(vectors, split) for split in SPLITS}
-
-
-def _counts(ids_NS: np.ndarray) -> dict[str, int]:
-    """Chunks, and how many of them have fewer neighbours than are saved, or none."""
-    short, without = 0, 0
-    for start in range(0, len(ids_NS), ROWS_AT_ONCE):
-        missing_NS = ids_NS[start : start + ROWS_AT_ONCE] < 0
-        short, without = short + int(missing_NS[:, -1].sum()), without + int(missing_NS[:, 0].sum())
-    return {"chunks": len(ids_NS), "short": short, "without": without}
+    Raises:
+        UserError: faiss is missing, or does not understand the factory string.
+    """
+    if not EMBEDDERS[config.embedder].sparse and config.index_factory != "auto":
+        make_index(import_faiss(), config.index_factory, config.lsa_dim)
 
 
 def _say_memory(config: RetrievalConfig, texts: ChunkTexts) -> None:

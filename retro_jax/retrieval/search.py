@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import numpy as np
 
-from retro_jax.retrieval.embedder import Vectors
 from retro_jax.retrieval.index import Index
+from retro_jax.retrieval.vectors import Vectors
 
 # The first search leaves room for this many times the wanted neighbours in the own document; widening multiplies.
-OWN_ROOM, WIDEN = 8, 4
+OWN_ROOM, WIDEN = 2, 4
 TIE_ROOM = 8
 # Two distances of dense vectors nearer than this may be one distance that was rounded differently inside the index.
 TIE_WIDTH = 1e-5

@@ -39,7 +39,7 @@ class TfidfEmbedder:
 
     @classmethod
     def fit(cls, config: RetrievalConfig, texts: ChunkTexts, folder: Path) -> Mapping:
-        """Count in how many training chunks each column occurs, in blocks; writes ``idf.npy``."""
+        """Count in blocks in how many training chunks each column occurs: ``df.npy`` int64; the weights: ``idf.npy`` float32."""
         chunks = texts.table("train").num_chunks
         starts = range(0, chunks, config.block_chunks)
         tasks = ((texts, start, min(start + config.block_chunks, chunks), config.features, config.max_ngram) for start in starts)
@@ -49,6 +49,7 @@ class TfidfEmbedder:
         for number in range(blocks):
             block = block_arrays(folder, number)
             df_F[block["columns"]] += block["chunks"]
+        np.save(folder / "df.npy", df_F)
         np.save(folder / "idf.npy", (np.log((1 + chunks) / (1 + df_F)) + 1).astype(np.float32))
         return {"chunks": chunks, "columns_used": int((df_F > 0).sum())}
 

@@ -1,20 +1,19 @@
-"""The vectors of all chunks on disk: every chunk embedded once, in blocks, read back as memory-mapped rows."""
+"""The vectors of all chunks on disk, read as memory-mapped rows."""
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from retro_jax.artefact import Artefact, build_artefact
-from retro_jax.config import SPLITS, RetrievalConfig, Split
-from retro_jax.retrieval.chunk_texts import ChunkTexts
-from retro_jax.retrieval.embedder import Embedder, Vectors, load_embedder
-from retro_jax.retrieval.split_blocks import SplitBlocks
+from retro_jax.artefact import Artefact
+from retro_jax.config import Split
+
+Vectors: TypeAlias = np.ndarray | csr_matrix
 
 
 @dataclass(frozen=True)
@@ -60,61 +59,9 @@ class SparseVectors:
         return csr_matrix((data, columns, starts), shape=(stop - start, self.dim))
 
 
-def build_vectors(config: RetrievalConfig, texts: ChunkTexts, embedder: Artefact, path: Path) -> Artefact:
-    """Embed every chunk of every split, or open what stands there.
-
-    Files of a split: ``<split>.vectors.npy`` if dense; ``<split>.data.npy`` float32, ``<split>.columns.npy`` int32 and
-    ``<split>.row_ends.npy`` int64 if sparse.
-    """
-    return build_artefact(
-        path,
-        kind="vectors",
-        settings={},
-        inputs={"embedder": embedder.fingerprint, **texts.inputs},
-        make=lambda folder: _embed_all(config, texts, embedder, folder),
-    )
-
-
 def open_vectors(artefact: Artefact, split: Split) -> DenseVectors | SparseVectors:
     """The vectors of one split."""
     if artefact.summary["sparse"]:
         data, columns, row_ends_N = (artefact.array(f"{split}.{name}") for name in ("data", "columns", "row_ends"))
         return SparseVectors(data, columns, row_ends_N, artefact.summary["dim"])
     return DenseVectors(artefact.path / f"{split}.vectors.npy")
-
-
-def _embed_all(config: RetrievalConfig, texts: ChunkTexts, embedder: Artefact, folder: Path) -> Mapping:
-    blocks = SplitBlocks(config, texts)
-    blocks.run(folder, _embed_block, embedder.path, embedder.fingerprint, texts, description="vectors")
-    model = load_embedder(embedder.path)
-    blocks.join(folder, _arrays(model.embed([""])[:0]))
-    if model.sparse:
-        for split in SPLITS:
-            _join_row_ends(folder / f"{split}.row_sizes.npy", folder / f"{split}.row_ends.npy")
-    splits = {split: {"chunks": chunks} for split, chunks in blocks.chunks.items()}
-    return {"splits": splits, "dim": model.dim, "sparse": model.sparse}
-
-
-def _embed_block(
-    embedder: Path, fingerprint: str, texts: ChunkTexts, split: Split, start: int, stop: int
-) -> dict[str, np.ndarray]:
-    return _arrays(_loaded(embedder, fingerprint).embed(texts.read(split, np.arange(start, stop))))
-
-
-@functools.lru_cache(maxsize=1)
-def _loaded(path: Path, fingerprint: str) -> Embedder:
-    """Once a process; the fingerprint tells an embedder that was built anew in the same folder."""
-    del fingerprint
-    return load_embedder(path)
-
-
-def _arrays(vectors: Vectors) -> dict[str, np.ndarray]:
-    if isinstance(vectors, csr_matrix):
-        sizes = np.diff(vectors.indptr).astype(np.int64)
-        return {"data": vectors.data, "columns": vectors.indices.astype(np.int32), "row_sizes": sizes}
-    return {"vectors": vectors}
-
-
-def _join_row_ends(sizes: Path, ends: Path) -> None:
-    np.save(ends, np.cumsum(np.load(sizes)))
-    sizes.unlink()

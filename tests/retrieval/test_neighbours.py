@@ -18,7 +18,7 @@ from retro_jax.config import SPLITS, ChunkConfig, RetrievalConfig, Split
 from retro_jax.corpus.chunk_table import open_chunk_tables
 from retro_jax.corpus.tokenizer import load_tokenizer
 from retro_jax.errors import UserError
-from retro_jax.retrieval import neighbours, sparse_index
+from retro_jax.retrieval import search_stage, sparse_index
 from retro_jax.retrieval.neighbour_table import NeighbourTable
 from retro_jax.retrieval.neighbours import build_neighbours
 from tests.retrieval.conftest import build_corpus
@@ -112,10 +112,10 @@ def test_continues_after_kill_9_with_the_same_bytes(corpus_dir: Path, tmp_path: 
     config = replace(TFIDF, block_chunks=4)
     build(whole, config)
     program = (
-        "import time; from pathlib import Path; from retro_jax.retrieval import neighbours\n"
+        "import time; from pathlib import Path; from retro_jax.retrieval import search_stage\n"
         "import tests.retrieval.test_neighbours as t\n"
-        "inner = neighbours.nearest_outside\n"
-        "neighbours.nearest_outside = lambda *a: time.sleep(0.1) or inner(*a)\n"
+        "inner = search_stage.nearest_outside\n"
+        "search_stage.nearest_outside = lambda *a: time.sleep(0.1) or inner(*a)\n"
         f"t.build(Path({str(killed)!r}), t.replace(t.TFIDF, block_chunks=4))"
     )
     process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
@@ -131,9 +131,9 @@ def test_continues_after_kill_9_with_the_same_bytes(corpus_dir: Path, tmp_path: 
     assert not (killed / "neighbours").exists()
     before = third.stat().st_mtime_ns
     computed = []
-    inner = neighbours.nearest_outside
+    inner = search_stage.nearest_outside
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(neighbours, "nearest_outside", lambda *arguments: computed.append(1) or inner(*arguments))
+        patch.setattr(search_stage, "nearest_outside", lambda *arguments: computed.append(1) or inner(*arguments))
         build(killed, config)
     blocks = sum(-(-table.num_chunks // 4) for table in open_chunk_tables(killed).values())
     assert 0 < len(computed) <= blocks - 3 and before
@@ -143,8 +143,7 @@ def test_continues_after_kill_9_with_the_same_bytes(corpus_dir: Path, tmp_path: 
 def test_what_stands_there_is_opened_not_built(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build(data_dir, TFIDF)
     before = contents(data_dir)
-    monkeypatch.setattr(neighbours, "run_blocks", None, raising=False)
-    monkeypatch.setattr(neighbours, "nearest_outside", None)
+    monkeypatch.setattr(search_stage, "nearest_outside", None)
     found = build(data_dir, replace(TFIDF, workers=2, block_chunks=8), replace(CHUNKS, num_neighbours=5, retrieved_len=64))
     assert contents(data_dir) == before
     again = pickle.loads(pickle.dumps(found["valid"]))

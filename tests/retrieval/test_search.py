@@ -73,7 +73,7 @@ def test_widens_past_a_document_that_takes_all_room(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(SparseIndex, "search", lambda self, q, w, inner=SparseIndex.search: widths.append(w) or inner(self, q, w))
     ids, _ = nearest_outside(index, csr_matrix(np.array([[1.0, 0.0]], np.float32)), np.array([0]), documents, 4)
     assert ids.tolist() == [[519, 518, 517, 516]]
-    assert widths == [44, 176, 520]
+    assert widths == [20, 80, 320, 520]
 
 
 def test_ties_go_to_the_lowest_ids_however_many() -> None:

@@ -1,0 +1,68 @@
+"""Searches for the neighbours of every chunk of every split, in blocks."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from threadpoolctl import threadpool_limits
+
+from retro_jax.artefact import Artefact, open_artefact
+from retro_jax.config import SPLITS, RetrievalConfig, Split
+from retro_jax.retrieval.chunk_texts import ChunkTexts
+from retro_jax.retrieval.index import DISTANCE, Index, open_index
+from retro_jax.retrieval.neighbour_table import ROWS_AT_ONCE
+from retro_jax.retrieval.search import nearest_outside
+from retro_jax.retrieval.split_blocks import SplitBlocks
+from retro_jax.retrieval.vectors import DenseVectors, SparseVectors, open_vectors
+
+
+@dataclass(frozen=True)
+class _Searched:
+    """What a worker opens once: names only, so that it travels to other processes."""
+
+    texts: ChunkTexts
+    index: Path
+    vectors: Path
+    fingerprint: str
+
+
+def search_all(config: RetrievalConfig, texts: ChunkTexts, index: Artefact, vectors: Artefact, folder: Path) -> Mapping:
+    blocks = SplitBlocks(config, texts)
+    searched = _Searched(texts, index.path, vectors.path, index.fingerprint)
+    blocks.run(folder, _search_block, searched, config.saved, description="neighbours")
+    none: dict[str, np.ndarray] = {
+        "ids": np.zeros((0, config.saved), np.int64),
+        "distances": np.zeros((0, config.saved), np.float32),
+    }
+    blocks.join(folder, none)
+    splits = {split: _counts(np.load(folder / f"{split}.ids.npy", mmap_mode="r")) for split in SPLITS}
+    facts = {name: index.summary[name] for name in ("search", "factory", "why", "search_parameters") if name in index.summary}
+    return {"splits": splits, "database": blocks.chunks["train"], "distance": DISTANCE, **facts}
+
+
+def _search_block(searched: _Searched, saved: int, split: Split, start: int, stop: int) -> dict[str, np.ndarray]:
+    index, vectors = _opened(searched)
+    document_N = searched.texts.table("train").document_N
+    own_document_Q = np.array(document_N[start:stop]) if split == "train" else np.full(stop - start, -1)
+    with threadpool_limits(1):
+        ids_QS, distances_QS = nearest_outside(index, vectors[split].rows(start, stop), own_document_Q, document_N, saved)
+    return {"ids": ids_QS, "distances": distances_QS}
+
+
+@functools.lru_cache(maxsize=1)
+def _opened(searched: _Searched) -> tuple[Index, dict[Split, DenseVectors | SparseVectors]]:
+    vectors = open_artefact(searched.vectors, "vectors")
+    return open_index(open_artefact(searched.index, "index"), vectors), {split: open_vectors(vectors, split) for split in SPLITS}
+
+
+def _counts(ids_NS: np.ndarray) -> dict[str, int]:
+    """Chunks, and how many of them have fewer neighbours than are saved, or none."""
+    short, without = 0, 0
+    for start in range(0, len(ids_NS), ROWS_AT_ONCE):
+        missing_NS = ids_NS[start : start + ROWS_AT_ONCE] < 0
+        short, without = short + int(missing_NS[:, -1].sum()), without + int(missing_NS[:, 0].sum())
+    return {"chunks": len(ids_NS), "short": short, "without": without}
