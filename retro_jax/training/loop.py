@@ -162,12 +162,12 @@ class _Loop:
         if pending is None:
             return
         step, metrics = pending.step, jax.device_get(pending.metrics)
-        now = time.perf_counter()
-        self.totals.add(metrics, now - self.clock)
-        self.clock = now
         if not (np.isfinite(metrics.loss) and np.isfinite(metrics.grad_norm)):
             what = f"the loss is {metrics.loss} and the gradient's norm {metrics.grad_norm}"
             raise self.non_finite(what, step, pending.chunk_ids_BL)
+        now = time.perf_counter()
+        self.totals.add(metrics, now - self.clock)
+        self.clock = now
         if step % self.config.log_every == 0 or step == self.config.steps:
             self.write(step, float(metrics.grad_norm))
 
@@ -188,14 +188,15 @@ class _Loop:
 
     def after_step(self, stop: StopRequest) -> bool:
         """Validate and save where that is due; True if the run is to stop."""
-        stopping, step = bool(stop), self.done
+        step = self.done
         save = step == self.config.steps or step % self.config.checkpoint_every == 0
         validate = self.valid_batches is not None and (save or step % self.config.valid_every == 0)
-        if not (save or validate or stopping):
+        if not (save or validate or stop):
             return False
         pending, self.pending = self.pending, None
         self.settle(pending)
         valid_loss = self.validate() if validate else None
+        stopping = bool(stop)  # also when the request came during validation
         if save or stopping:
             self.save(valid_loss)
         if stopping:
