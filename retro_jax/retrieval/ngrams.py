@@ -79,7 +79,14 @@ def build_ngrams(data_dir: Path, table: ChunkTable, *, workers: int = 1) -> Ngra
         step = max(1, SHARD_TOKENS // table.chunk_len)
         starts = range(0, table.num_chunks, step)
         tasks = ((table, start, min(start + step, table.num_chunks)) for start in starts)
-        run_blocks(folder, _build_shard, tasks, workers=workers, description="8-token look-up", total=len(starts))
+        run_blocks(
+            folder,
+            _build_shard,
+            tasks,
+            workers=min(workers, max(1, len(starts))),
+            description="8-token look-up",
+            total=len(starts),
+        )
         for shard in range(len(starts)):
             for name in ("tokens", "order", "bits"):
                 concatenate_blocks(folder, 1, name, folder / f"{shard}.{name}.npy", first=shard)
