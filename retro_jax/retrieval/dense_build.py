@@ -24,6 +24,7 @@ from retro_jax.retrieval.dense_index import (
     make_index,
     one_thread,
     set_search_parameters,
+    without_stdout,
 )
 from retro_jax.retrieval.vectors import DenseVectors
 
@@ -131,7 +132,8 @@ def _add_on_disk(faiss: ModuleType, index: Any, config: RetrievalConfig, databas
     for number, part in enumerate(parts):
         part.write_bytes(block_arrays(folder, number)["index"].tobytes())
     (folder / LISTS_FILE).unlink(missing_ok=True)
-    merge_ondisk(index, [str(part) for part in parts], str(folder / LISTS_FILE))
+    with without_stdout():
+        merge_ondisk(index, [str(part) for part in parts], str(folder / LISTS_FILE))
     # The index file names the lists' file; it is found beside it, wherever the folder is moved.
     faiss.downcast_InvertedLists(faiss.extract_index_ivf(index).invlists).filename = LISTS_FILE
     for part in parts:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -66,7 +69,8 @@ def read_index(folder: Path) -> Any:
     """The index of a folder, memory-mapped; inverted lists on disk are looked for in the folder, wherever they were made."""
     faiss = import_faiss()
     flags = faiss.IO_FLAG_ONDISK_SAME_DIR | faiss.IO_FLAG_READ_ONLY if (folder / LISTS_FILE).exists() else faiss.IO_FLAG_MMAP_IFC
-    return faiss.read_index(str(folder / INDEX_FILE), flags)
+    with without_stdout():
+        return faiss.read_index(str(folder / INDEX_FILE), flags)
 
 
 def make_index(faiss: ModuleType, factory: str, dim: int) -> Any:
@@ -122,6 +126,23 @@ def one_thread(faiss: ModuleType, wanted: bool = True) -> Iterator[None]:
         yield
     finally:
         faiss.omp_set_num_threads(before)
+
+
+@contextmanager
+def without_stdout() -> Iterator[None]:
+    """Nothing reaches standard output inside: faiss prints there where it works on lists on disk."""
+    libc = ctypes.CDLL(None)
+    sys.stdout.flush()
+    libc.fflush(None)
+    kept, null = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    try:
+        yield
+    finally:
+        libc.fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(null)
 
 
 def _distances(queries_QD: np.ndarray, vectors: DenseVectors, ids_QW: np.ndarray) -> np.ndarray:

@@ -19,7 +19,7 @@ from retro_jax.corpus.chunk_table import ChunkTable
 NGRAMS = "ngrams"
 # The shortest run that is looked up.
 RUN = 8
-# Building a shard takes about 60 bytes of memory a token.
+# Building a shard takes about 100 bytes of memory a token.
 SHARD_TOKENS = 2**22
 FILTER_BITS_PER_WINDOW = 16
 ROWS_AT_ONCE = 8192

@@ -103,6 +103,12 @@ def test_looks_into_more_lists_until_enough_are_found(database: DenseVectors, tm
     assert index.index.nprobe == 1
 
 
+def test_nothing_is_printed(database: DenseVectors, tmp_path: Path, capfd: pytest.CaptureFixture) -> None:
+    build(replace(CONFIG, index_factory="IVF4,Flat"), database, tmp_path / "a")
+    print("kept")
+    assert capfd.readouterr().out == "kept\n"
+
+
 def test_the_choice_by_size() -> None:
     assert automatic_factory(1000, 256)[0] == "Flat"
     assert automatic_factory(131_072, 256)[0] == "Flat"

@@ -197,6 +197,12 @@ def test_too_little_memory_is_told_before_anything_is_built(data_dir: Path, monk
     build(data_dir, LSA)
 
 
+def test_a_bad_index_is_told_before_anything_is_built(data_dir: Path) -> None:
+    with pytest.raises(UserError, match="index_factory='IVF' is no index"):
+        build(data_dir, replace(LSA, index_factory="IVF"))
+    assert not any((data_dir / f"{stage}{suffix}").exists() for stage in STAGES for suffix in ("", ".partial"))
+
+
 def test_the_memory_told_is_said(data_dir: Path, capsys: pytest.CaptureFixture) -> None:
     build(data_dir, TFIDF)
     database = open_chunk_tables(data_dir)["train"].num_chunks
