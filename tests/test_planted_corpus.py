@@ -64,7 +64,9 @@ def planted_config(folder: Path, texts: list[str], steps: int) -> Config:
     """Write corpus and tokenizer, and give the config that trains on them."""
     with open(folder / "planted.jsonl", "w") as file:
         file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
-    words = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[]))
+    words = Tokenizer(
+        models.BPE(vocab={letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[])
+    )
     words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     words.add_special_tokens(["<eod>"])
     words.add_tokens([f" w{word:03d}" for word in range(WORDS)])
@@ -85,7 +87,9 @@ def planted_config(folder: Path, texts: list[str], steps: int) -> Config:
     )
 
 
-def planted_losses(config: Config, prepared: Prepared, model, predictable: np.ndarray, *, retrieval: bool, donors=None) -> np.ndarray:
+def planted_losses(
+    config: Config, prepared: Prepared, model, predictable: np.ndarray, *, retrieval: bool, donors=None
+) -> np.ndarray:
     """Mean loss of the predictable chunks by place in the chunk, [C], in units of log V."""
     table = prepared.tables["test"]
     reader = RowReader(
@@ -99,7 +103,12 @@ def planted_losses(config: Config, prepared: Prepared, model, predictable: np.nd
     step, losses = loss_step(model, config.training, retrieval=retrieval), []
     for batch, ids_BL in held_out_batches(rows, reader, 16):
         chunks_BT = target_chunks(ids_BL, table)
-        chosen = (batch.loss_mask > 0) & (chunks_BT >= 0) & predictable[np.maximum(chunks_BT, 0)] & (batch.targets != prepared.tokenizer.eod_id)
+        chosen = (
+            (batch.loss_mask > 0)
+            & (chunks_BT >= 0)
+            & predictable[np.maximum(chunks_BT, 0)]
+            & (batch.targets != prepared.tokenizer.eod_id)
+        )
         place_BT = np.broadcast_to((np.arange(chunks_BT.shape[1]) + 1) % CHUNK, chunks_BT.shape)
         losses.append(np.stack([place_BT[chosen], np.asarray(step(batch))[chosen]]))
     place_N, loss_N = np.concatenate(losses, axis=1)
