@@ -115,7 +115,7 @@ def _falling_taps(first: int, decay: float) -> Initializer:
     """Taps of 1 at ``first``, falling by ``decay`` from there, of length 1."""
 
     def init(key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-        taps_W = jnp.asarray([0.0 if w < first else decay ** (w - first) for w in range(shape[0])])
+        taps_W = jnp.asarray([0.0 if w < first else decay ** (w - first) for w in range(shape[0])], jnp.float32)
         return jnp.broadcast_to((taps_W / jnp.sqrt((taps_W * taps_W).sum()))[:, None], shape)
 
     return init
