@@ -7,8 +7,12 @@ a number is whole. The last ``keep`` are kept, and the one with the lowest valid
 
 from __future__ import annotations
 
+import errno
 import logging
-from collections.abc import Sequence
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +32,7 @@ from retro_jax.training.state import ModelForm, TrainState, digests, model_form,
 
 PARAMS, OPTIMIZER, BATCHES, ABOUT = "params", "optimizer", "batches", "about"
 LATEST, BEST = "latest", "best"
+OS_ERROR = re.compile(r"os_error_code='(\d+)'")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +40,8 @@ class About:
     """What a checkpoint says of itself.
 
     ``valid_loss`` None where this step was not validated. ``settings`` are the resolved config of the run, ``config_text`` the
-    same as the user would write it, ``progress`` what the metrics need to go on.
+    same as the user would write it, ``data`` the fingerprints of what the batches are read from, ``progress`` what the metrics
+    need to go on.
     """
 
     step: int
@@ -43,6 +49,7 @@ class About:
     model: dict
     settings: dict
     config_text: str
+    data: dict[str, str]
     progress: dict
     digests: dict[str, int] = field(default_factory=dict)
 
@@ -70,7 +77,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax tells every phase of a save
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax tells every phase of a save, and errors that it raises too
         self.folder = Path(folder).absolute()
         self._valid_losses: dict[int, float] = {}
         options = ocp.CheckpointManagerOptions(
@@ -91,7 +98,8 @@ class Checkpoints:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._manager.close()  # waits for the save under way
+        with self._no_space_told() if error is None else nullcontext():
+            self._manager.close()  # waits for the save under way
 
     @property
     def steps(self) -> list[int]:
@@ -131,22 +139,19 @@ class Checkpoints:
         facts = dict(resolved(about), digests={name: int(value) for name, value in _digests({**params, **optimizer}).items()})
         if about.valid_loss is not None:
             self._valid_losses[about.step] = about.valid_loss
-        self._manager.save(
-            about.step,
-            args=ocp.args.Composite(
-                **{
-                    PARAMS: ocp.args.StandardSave(params),
-                    OPTIMIZER: ocp.args.StandardSave(optimizer),
-                    BATCHES: grain.checkpoint.CheckpointSave(batches),
-                    ABOUT: ocp.args.JsonSave(facts),
-                }
-            ),
-            force=True,
-        )
+        items = {
+            PARAMS: ocp.args.StandardSave(params),
+            OPTIMIZER: ocp.args.StandardSave(optimizer),
+            BATCHES: grain.checkpoint.CheckpointSave(batches),
+            ABOUT: ocp.args.JsonSave(facts),
+        }
+        with self._no_space_told():
+            self._manager.save(about.step, args=ocp.args.Composite(**items), force=True)
 
     def wait(self) -> None:
         """Return when the last save is complete on disk."""
-        self._manager.wait_until_finished()
+        with self._no_space_told():
+            self._manager.wait_until_finished()
 
     def about(self, step: int) -> About:
         """What the checkpoint of ``step`` says of itself.
@@ -234,6 +239,22 @@ class Checkpoints:
                     f"{_has_shape(None if here is None else here.shape)} in this model; "
                     "use the config that it was trained with, or another --workdir"
                 )
+
+    @contextmanager
+    def _no_space_told(self) -> Iterator[None]:
+        """A save that fails for want of space raises at the next call: from Python with its number, from TensorStore in words."""
+        try:
+            yield
+        except (OSError, ValueError) as error:
+            written = OS_ERROR.search(str(error))
+            number = int(written[1]) if written else getattr(error, "errno", None)
+            if number not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            at = "the start" if self.latest is None else f"step {self.latest}, the last one saved"
+            raise UserError(
+                f"a checkpoint could not be written to {self.folder}: {os.strerror(number).lower()}; "
+                f"free some space and run the same command again to continue from {at}"
+            ) from error
 
     def _corrupted(self, step: int, error: Exception) -> UserError:
         good = self._last_good(before=step)

@@ -56,12 +56,11 @@ def forward_flops(config: ModelConfig, *, rows: int, seq_len: int, neighbours: i
 
 
 def peak_flops(dtype: jnp.dtype) -> float | None:
-    """Operations a second that the devices of this run can do together in ``dtype``; None where that is not known."""
-    device = jax.devices()[0]
+    """Operations a second that the device can do in ``dtype``; None where that is not known."""
     if dtype != jnp.bfloat16:
         return None
-    peaks = [peak for kind, peak in PEAK_BFLOAT16.items() if device.device_kind.startswith(kind)]
-    return peaks[0] * jax.device_count() if peaks else None
+    kind = jax.devices()[0].device_kind
+    return next((peak for start, peak in PEAK_BFLOAT16.items() if kind.startswith(start)), None)
 
 
 def _query_and_out(shape: BlockShape) -> float:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,7 +22,7 @@ from retro_jax.training.flops import peak_flops, train_flops
 from retro_jax.training.interrupt import StopRequest, stop_requests
 from retro_jax.training.metrics import MetricLog, Totals
 from retro_jax.training.optimizer import is_trained, learning_rate, make_optimizer
-from retro_jax.training.resume import say_what_changed
+from retro_jax.training.resume import refuse_other_data, say_what_changed
 from retro_jax.training.state import abstract_state, initial_state, model_form
 from retro_jax.training.step import StepMetrics, TrainStep, compute_dtype, make_train_step, make_valid_step
 
@@ -40,7 +40,8 @@ class Job:
 
     ``config`` is the run's, ``model`` the model's own (a baseline has another than the run), with its ``vocab_size``.
     ``folder`` takes ``checkpoints/``, ``metrics.jsonl``, ``timings.jsonl`` and ``tensorboard/``; ``name`` stands beside the
-    progress bar. ``config_text`` is the run's config as its user would write it, stored in each checkpoint.
+    progress bar. ``config_text`` is the run's config as its user would write it, ``data`` the fingerprints of what the batches
+    are read from, by name; both are stored in each checkpoint.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Job:
     model: ModelConfig
     folder: Path
     config_text: str = ""
+    data: Mapping[str, str] = field(default_factory=dict)
 
 
 def fit(job: Job, batches: grain.DatasetIterator, valid_batches: ValidBatches | None) -> int:
@@ -121,7 +123,9 @@ class _Loop:
             self.state = initial_state(self.form, self.optimizer, self.config.seed)
             return
         about = self.checkpoints.about(latest)
-        say_what_changed(about, self.job.config, self.job.model, self.checkpoints.folder / str(latest))
+        path = self.checkpoints.folder / str(latest)
+        refuse_other_data(about, self.job.data, path)
+        say_what_changed(about, self.job.config, self.job.model, path)
         self.state = self.checkpoints.restore(latest, abstract_state(self.form, self.optimizer), self.batches)
         self.totals = Totals(**about.progress)
         print(f"{self.job.name}: continues at step {latest} of {self.config.steps}", flush=True)
@@ -223,6 +227,7 @@ class _Loop:
             model=resolved(self.job.model),
             settings=resolved(self.job.config),
             config_text=self.job.config_text,
+            data=dict(self.job.data),
             progress=self.totals.plain(),
         )
         self.checkpoints.save(self.state, self.batches, about)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,20 @@ def say_what_changed(about: About, config: Config, model: ModelConfig, path: Pat
     if before != now:
         schedule = " (the cosine schedule now ends there)" if config.optimizer.schedule == "cosine" else ""
         print(f"TrainConfig.steps was {before}, now the run goes on to {now}{schedule}", flush=True)
+
+
+def refuse_other_data(about: About, data: Mapping[str, str], path: Path) -> None:
+    """Refuse to go on with batches that are read from other artefacts.
+
+    Raises:
+        UserError: the first artefact that differs is named.
+    """
+    for name, now in data.items():
+        if about.data.get(name) != now:
+            raise UserError(
+                f"the checkpoint {path} was trained on {name} with fingerprint {about.data.get(name)}, now they have {now}; "
+                "restore the old data, or use another --workdir"
+            )
 
 
 def differences(config_class: type, old: dict, new: dict) -> list[tuple[str, Any, Any]]:

@@ -84,8 +84,6 @@ def train(
         _reader(config, prepared, model_config, "train"),
         config.data,
         weights=weights,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
     )
     valid = validation_batches(config, prepared, model_config)
     data, training = config.data, config.training
@@ -94,7 +92,16 @@ def train(
         f"tokens, {compute_dtype(training).name} on {jax.default_backend()}",
         flush=True,
     )
-    return fit(Job(name=name, config=config, model=model_config, folder=folder, config_text=config_text), batches, valid)
+    read = ("tokens", "chunks", "neighbours") if _reads_neighbours(model_config) else ("tokens", "chunks")
+    job = Job(
+        name=name,
+        config=config,
+        model=model_config,
+        folder=folder,
+        config_text=config_text,
+        data={artefact: prepared.fingerprints[artefact] for artefact in read},
+    )
+    return fit(job, batches, valid)
 
 
 def validation_batches(config: Config, prepared: Prepared, model_config: ModelConfig) -> ValidBatches | None:
@@ -124,14 +131,17 @@ def validation_batches(config: Config, prepared: Prepared, model_config: ModelCo
 
 
 def _reader(config: Config, prepared: Prepared, model: ModelConfig, split: Split) -> RowReader:
-    reads = model.retro is not None and model.retro.gate != 0.0
     return RowReader(
         queries=prepared.tables[split],
         database=prepared.tables["train"],
-        neighbours=prepared.neighbours[split] if reads else None,
+        neighbours=prepared.neighbours[split] if _reads_neighbours(model) else None,
         chunks=config.chunks,
         max_overlap=config.data.max_overlap,
     )
+
+
+def _reads_neighbours(model: ModelConfig) -> bool:
+    return model.retro is not None and model.retro.gate != 0.0
 
 
 def _say_rows(config: Config, prepared: Prepared) -> None:

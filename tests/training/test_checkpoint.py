@@ -25,7 +25,13 @@ CONFIG = tiny_config()
 
 def about(step: int, valid_loss: float | None = None) -> About:
     return About(
-        step=step, valid_loss=valid_loss, model=resolved(CONFIG.model), settings=resolved(CONFIG), config_text="", progress={}
+        step=step,
+        valid_loss=valid_loss,
+        model=resolved(CONFIG.model),
+        settings=resolved(CONFIG),
+        config_text="",
+        data={},
+        progress={},
     )
 
 

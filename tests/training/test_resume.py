@@ -135,3 +135,15 @@ def test_a_finished_run_has_nothing_left_and_more_steps_extend_it(
     after = (tmp_path / "run" / "metrics.jsonl").read_text()
     assert after.startswith(before) and json.loads(after.splitlines()[-1])["step"] == 14
     assert load_model(tmp_path / "run")[1] == 14
+
+
+def test_a_checkpoint_that_finds_no_space_is_told_and_the_run_continues(whole_run: Path, tmp_path: Path) -> None:
+    """A write that fails for real: no file may grow beyond 8 KB."""
+    process = start(tmp_path / "run", largest_file=8192)
+    output = process.communicate()[0]
+    assert process.returncode == 2, output
+    (told,) = (line for line in output.splitlines() if line.startswith("error:"))
+    assert told.startswith("error: a checkpoint could not be written to ")
+    assert told.endswith("file too large; free some space and run the same command again to continue from the start")
+    assert run(tmp_path / "run", tiny_config()) == 12
+    assert_equal_runs(whole_run, tmp_path / "run")

@@ -85,6 +85,10 @@ def test_the_model_and_its_baselines_are_trained_on_identical_rows(
     assert "padding, read" in told and "retro: " in told and "steps of 4 x 32 tokens, float32 on cpu" in told
     train_all(config, prepared, tmp_path)
     assert capsys.readouterr().out.count("all 6 steps are done, nothing is left to do") == 3
+    more = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=8))
+    other = dataclasses.replace(prepared, fingerprints={**prepared.fingerprints, "neighbours": "another"})
+    with pytest.raises(UserError, match="checkpoints/6 was trained on neighbours with fingerprint .*, now they have another"):
+        train_all(more, other, tmp_path)
 
 
 def test_validation_sees_the_same_rows_each_time_spread_over_the_split(config: Config, prepared: Prepared) -> None:

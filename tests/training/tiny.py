@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import sys
 import time
 from pathlib import Path
@@ -80,8 +81,11 @@ def run(folder: Path, config: Config, *, spoilt: int | None = None, wait: float 
 
 
 def main() -> None:
-    """The settings after the folder are JSON: TrainConfig's, and ``spoilt`` and ``wait`` of :func:`tiny_batches`."""
+    """The settings after the folder are JSON: TrainConfig's, ``spoilt`` and ``wait`` of :func:`tiny_batches`, and
+    ``largest_file``, the bytes that no file may grow beyond."""
     settings = json.loads(sys.argv[2])
+    if limit := settings.pop("largest_file", None):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     own = {name: settings.pop(name) for name in ("spoilt", "wait") if name in settings}
     try:
         run(Path(sys.argv[1]), tiny_config(**settings), **own)
