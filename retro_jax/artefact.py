@@ -27,6 +27,8 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 PLAN = "plan.json"
 BLOCKS = "blocks"
+# Blocks that are no longer needed, under this name while they are deleted: a kill must not leave some of them to be taken up.
+DROPPED = "dropped"
 # Larger files are checked by size alone when an artefact is opened, and by checksum on request.
 CHECKSUM_ON_OPEN_BYTES = 256 * 2**20
 
@@ -88,6 +90,7 @@ def build_artefact(
     partial = path.with_name(path.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
     with _locked(path), _disk_full_told(path):
+        _sweep(partial)
         if (partial / PLAN).exists():
             _refuse_other(path, plan, json.loads((partial / PLAN).read_text()))
         else:
@@ -97,10 +100,12 @@ def build_artefact(
         except BadInput:
             shutil.rmtree(partial)
             raise
-        shutil.rmtree(partial / BLOCKS, ignore_errors=True)
-        (partial / PLAN).unlink()
         manifest = {**plan, "summary": _plain(summary), "files": _file_facts(partial)}
         manifest["fingerprint"] = _digest_json({k: v for k, v in manifest.items() if k != "summary"})
+        if (partial / BLOCKS).exists():
+            (partial / BLOCKS).rename(partial / DROPPED)
+            shutil.rmtree(partial / DROPPED)
+        (partial / PLAN).unlink()
         write_text(partial / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True) + "\n")
         partial.rename(path)
     return Artefact(path, manifest)
@@ -173,11 +178,21 @@ def _digest_file(path: Path, size: int, mtime_ns: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _file_facts(folder: Path) -> dict:
+def _sweep(partial: Path) -> None:
+    """Remove what a killed build left that nobody takes up: files half-written, blocks half-deleted, a manifest."""
+    shutil.rmtree(partial / DROPPED, ignore_errors=True)
+    (partial / MANIFEST).unlink(missing_ok=True)
+    for path in partial.rglob("*.tmp*"):
+        path.unlink(missing_ok=True)
+
+
+def _file_facts(partial: Path) -> dict:
+    """Size and SHA-256 of the files of an artefact that is ready."""
     facts = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+    own = (path for path in partial.iterdir() if path.name not in (BLOCKS, PLAN))
+    for path in sorted(p for top in own for p in (top.rglob("*") if top.is_dir() else [top]) if p.is_file()):
         stat = path.stat()
-        facts[str(path.relative_to(folder))] = {
+        facts[str(path.relative_to(partial))] = {
             "bytes": stat.st_size,
             "sha256": _digest_file(path, stat.st_size, stat.st_mtime_ns),
         }
