@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from retro_jax.array_files import array_file
 from retro_jax.artefact import BLOCKS, write_bytes
 from retro_jax.errors import UserError
 from retro_jax.progress import progress_bar
@@ -95,13 +96,9 @@ def concatenate_blocks(folder: Path, count: int, name: str, path: Path, *, first
 
     rows = sum(len(part(number)) for number in range(first, first + count))
     like = part(first)
-    whole = np.lib.format.open_memmap(path, mode="w+", dtype=like.dtype, shape=(rows, *like.shape[1:]))
-    at = 0
-    for number in range(first, first + count):
-        rows_here = part(number)
-        whole[at : at + len(rows_here)] = rows_here
-        at += len(rows_here)
-    whole.flush()
+    with array_file(path, like.dtype, (rows, *like.shape[1:])) as append:
+        for number in range(first, first + count):
+            append(part(number))
     return np.load(path, mmap_mode="r")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from retro_jax.array_files import array_file
 from retro_jax.artefact import Artefact, build_artefact, open_artefact
 from retro_jax.config import SPLITS, ChunkConfig, Split
 from retro_jax.corpus.token_stage import TOKENS, store_prefix
@@ -153,23 +154,19 @@ def _cut_split(folder: Path, split: Split, stores: list[TokenStore], chunk_len: 
             source_chunks[-1] += int((-(-text // chunk_len)).sum())
             text_tokens += int(text.sum())
     total = source_chunks[-1]
-    start, remaining, document = (
-        np.lib.format.open_memmap(folder / f"{split}.{name}.npy", "w+", dtype, (total,))
-        for name, dtype in (("start", np.int64), ("remaining", np.int32), ("document", np.int64))
-    )
-    at = 0
-    for first_document, store in zip(source_documents, stores, strict=False):
-        for first, last in _parts(store):
-            text = _text_lengths(store, first, last, eod)
-            chunks = -(-text // chunk_len)
-            part = slice(at, at + int(chunks.sum()))
-            offset = (np.arange(chunks.sum()) - np.repeat(np.cumsum(chunks) - chunks, chunks)) * chunk_len
-            start[part] = np.repeat(store.starts(first, last), chunks) + offset
-            remaining[part] = np.repeat(text, chunks) - offset
-            document[part] = np.repeat(np.arange(first, last) + first_document, chunks)
-            at = part.stop
-    for array in (start, remaining, document):
-        array.flush()
+    with (
+        array_file(folder / f"{split}.start.npy", np.int64, (total,)) as add_start,
+        array_file(folder / f"{split}.remaining.npy", np.int32, (total,)) as add_remaining,
+        array_file(folder / f"{split}.document.npy", np.int64, (total,)) as add_document,
+    ):
+        for first_document, store in zip(source_documents, stores, strict=False):
+            for first, last in _parts(store):
+                text = _text_lengths(store, first, last, eod)
+                chunks = -(-text // chunk_len)
+                offset = (np.arange(chunks.sum()) - np.repeat(np.cumsum(chunks) - chunks, chunks)) * chunk_len
+                add_start(np.repeat(store.starts(first, last), chunks) + offset)
+                add_remaining(np.repeat(text, chunks) - offset)
+                add_document(np.repeat(np.arange(first, last) + first_document, chunks))
     return {
         "chunks": total,
         "documents": source_documents[-1],

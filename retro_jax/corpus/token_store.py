@@ -26,6 +26,7 @@ from types import TracebackType
 
 import numpy as np
 
+from retro_jax.array_files import write_array
 from retro_jax.corpus.digests import digest_file
 from retro_jax.errors import BadInput, UserError
 
@@ -81,8 +82,8 @@ class TokenStoreWriter:
             raise ValueError(
                 f"lengths sum to {lengths.sum()} with minimum {lengths.min(initial=1)}, but there are {len(tokens)} tokens"
             )
-        tokens.astype(self._dtype, casting="same_kind").tofile(self._bin)
-        lengths.astype("<i4").tofile(self._sizes)
+        write_array(self._bin, tokens.astype(self._dtype, casting="same_kind"))
+        write_array(self._sizes, lengths.astype("<i4"))
         self._documents += len(lengths)
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
@@ -99,14 +100,14 @@ class TokenStoreWriter:
         with open(temporary, "wb") as file:
             file.write(HEADER.pack(MAGIC, VERSION, CODES[self._dtype], self._documents, self._documents + 1))
             for sizes in self._size_slices():
-                sizes.tofile(file)
+                write_array(file, sizes)
             offset = 0
             for sizes in self._size_slices():
                 ends = offset + np.cumsum(sizes, dtype="<i8") * self._dtype.itemsize
-                (ends - sizes.astype("<i8") * self._dtype.itemsize).tofile(file)
+                write_array(file, ends - sizes.astype("<i8") * self._dtype.itemsize)
                 offset = int(ends[-1])
             for first in range(0, self._documents + 1, COPY_ITEMS):
-                np.arange(first, min(first + COPY_ITEMS, self._documents + 1), dtype="<i8").tofile(file)
+                write_array(file, np.arange(first, min(first + COPY_ITEMS, self._documents + 1), dtype="<i8"))
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, self._idx_path)

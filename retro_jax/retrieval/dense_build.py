@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import math
+import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -60,7 +63,7 @@ def build_dense_index(config: RetrievalConfig, database: DenseVectors, folder: P
         _add_in_memory(faiss, index, factory, database)
     parameters = automatic_parameters(faiss, index) if config.index_search == "auto" else config.index_search
     set_search_parameters(index, parameters)
-    faiss.write_index(index, str(folder / INDEX_FILE))
+    _write(faiss, index, folder / INDEX_FILE)
     (folder / TRAINED_FILE).unlink(missing_ok=True)
     facts = {"chunks": chunks, "dim": dim, "factory": factory, "why": why, "search_parameters": parameters}
     if isinstance(faiss.downcast_index(index), faiss.IndexFlat):
@@ -132,12 +135,30 @@ def _add_on_disk(faiss: ModuleType, index: Any, config: RetrievalConfig, databas
     for number, part in enumerate(parts):
         part.write_bytes(block_arrays(folder, number)["index"].tobytes())
     (folder / LISTS_FILE).unlink(missing_ok=True)
+    _refuse_full_disk(sum(part.stat().st_size for part in parts), folder / LISTS_FILE)
     with without_stdout():
         merge_ondisk(index, [str(part) for part in parts], str(folder / LISTS_FILE))
     # The index file names the lists' file; it is found beside it, wherever the folder is moved.
     faiss.downcast_InvertedLists(faiss.extract_index_ivf(index).invlists).filename = LISTS_FILE
     for part in parts:
         part.unlink()
+
+
+def _write(faiss: ModuleType, index: Any, path: Path) -> None:
+    """``faiss.write_index``; a write that fails is the OSError that it is, where faiss has it in a text."""
+    try:
+        faiss.write_index(index, str(path))
+    except RuntimeError as error:
+        for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            if os.strerror(number) in str(error):
+                raise OSError(number, os.strerror(number), str(path)) from error
+        raise
+
+
+def _refuse_full_disk(size: int, path: Path) -> None:
+    """faiss writes lists into a mapped file; where the disk is full, that ends the process with a signal."""
+    if shutil.disk_usage(path.parent).free < size:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
 def _assign_block(trained: Path, database: DenseVectors, start: int, stop: int) -> dict[str, np.ndarray]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from scipy.sparse import csr_matrix
 
+from retro_jax.array_files import save_array
 from retro_jax.artefact import Artefact, build_artefact
 from retro_jax.config import SPLITS, RetrievalConfig, Split
 from retro_jax.retrieval.chunk_texts import ChunkTexts
@@ -65,5 +66,5 @@ def _arrays(vectors: Vectors) -> dict[str, np.ndarray]:
 
 
 def _join_row_ends(sizes: Path, ends: Path) -> None:
-    np.save(ends, np.cumsum(np.load(sizes)))
+    save_array(ends, np.cumsum(np.load(sizes)))
     sizes.unlink()

@@ -10,6 +10,7 @@ import numpy as np
 from scipy.sparse import csr_matrix, vstack
 from sklearn.utils.extmath import randomized_svd
 
+from retro_jax.array_files import save_array
 from retro_jax.config import RetrievalConfig
 from retro_jax.retrieval.chunk_texts import ChunkTexts
 from retro_jax.retrieval.tfidf import TfidfEmbedder
@@ -83,7 +84,7 @@ class LsaEmbedder:
         sketch_FS[np.load(folder / "df.npy", mmap_mode="r") < MIN_CHUNKS] = 0
         sketched_AE = (_sketch_matrix(sketch_FS, rest)[columns].T @ directions_PA).T.astype(np.float32)
         for name, array in zip(FILES, (place_F, directions_PA, sketch_FS, sketched_AE), strict=True):
-            np.save(folder / f"{name}.npy", array)
+            save_array(folder / f"{name}.npy", array)
         facts |= {"sampled_chunks": sample_NF.shape[0], "projected_columns": len(columns)}
         return {**facts, "dim": config.lsa_dim, "leading_directions": leading, "energy_of_leading": kept}
 

@@ -10,6 +10,7 @@ import numpy as np
 from scipy.sparse import csr_matrix
 from sparse_dot_topn import sp_matmul_topn
 
+from retro_jax.array_files import save_array
 from retro_jax.artefact import Artefact
 from retro_jax.config import RetrievalConfig
 from retro_jax.errors import BadInput
@@ -62,9 +63,9 @@ def build_sparse_index(config: RetrievalConfig, database: SparseVectors, folder:
     refuse_too_large(len(database.data), len(database), config.workers)
     starts = np.concatenate([[0], database.row_ends_N]).astype(np.int32)
     lists = csr_matrix((database.data, database.columns, starts), shape=(len(database), database.dim)).tocsc()
-    np.save(folder / "starts.npy", lists.indptr)
-    np.save(folder / "chunks.npy", lists.indices)
-    np.save(folder / "data.npy", lists.data)
+    save_array(folder / "starts.npy", lists.indptr)
+    save_array(folder / "chunks.npy", lists.indices)
+    save_array(folder / "data.npy", lists.data)
     facts = {"chunks": len(database), "dim": database.dim, "entries": len(database.data)}
     return {**facts, "bytes": len(database.data) * ENTRY_BYTES, "search": "exact"}
 

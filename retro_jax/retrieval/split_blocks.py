@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from retro_jax.array_files import save_array
 from retro_jax.blocks import Block, concatenate_blocks, keep_blocks_of, run_blocks
 from retro_jax.config import SPLITS, RetrievalConfig, Split
 from retro_jax.retrieval.chunk_texts import ChunkTexts
@@ -48,7 +49,7 @@ class SplitBlocks:
                 if count:
                     concatenate_blocks(folder, count, name, path, first=first)
                 else:
-                    np.save(path, empty)
+                    save_array(path, empty)
             first += count
 
     def _blocks(self, split: Split) -> int:

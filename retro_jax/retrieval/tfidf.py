@@ -11,6 +11,7 @@ from scipy.sparse import csr_matrix
 from sklearn.feature_extraction.text import HashingVectorizer
 from sklearn.preprocessing import normalize
 
+from retro_jax.array_files import save_array
 from retro_jax.blocks import block_arrays, keep_blocks_of, run_blocks
 from retro_jax.config import RetrievalConfig
 from retro_jax.retrieval.chunk_texts import ChunkTexts
@@ -49,8 +50,8 @@ class TfidfEmbedder:
         for number in range(blocks):
             block = block_arrays(folder, number)
             df_F[block["columns"]] += block["chunks"]
-        np.save(folder / "df.npy", df_F)
-        np.save(folder / "idf.npy", (np.log((1 + chunks) / (1 + df_F)) + 1).astype(np.float32))
+        save_array(folder / "df.npy", df_F)
+        save_array(folder / "idf.npy", (np.log((1 + chunks) / (1 + df_F)) + 1).astype(np.float32))
         return {"chunks": chunks, "columns_used": int((df_F > 0).sum())}
 
     @classmethod
