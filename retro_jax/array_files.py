@@ -13,7 +13,7 @@ from numpy.typing import DTypeLike
 
 
 def save_array(path: Path, array: np.ndarray) -> None:
-    """``np.save``."""
+    """``np.save``, always in C order."""
     with array_file(path, array.dtype, array.shape) as append:
         append(array)
 

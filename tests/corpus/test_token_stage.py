@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import numpy as np
-import psutil
 import pytest
 
 from retro_jax.config import SPLITS, CorpusConfig, TokenizerConfig
@@ -314,18 +313,3 @@ def test_changed_sources_are_refused(corpus: Path, tmp_path: Path) -> None:
         file.write('{"text": "more"}\n')
     with pytest.raises(UserError, match=r"tokens was built with input source 0='corpus\.jsonl:.*--rebuild tokens"):
         build_tokens(config, tmp_path / "data")
-
-
-def test_no_worker_outlives_a_killed_run(corpus: Path, tmp_path: Path) -> None:
-    config = CorpusConfig(sources=(str(corpus),), **SPLIT)
-    build_tokenizer(TokenizerConfig(vocab_size=400), config, tmp_path / "data")
-    (tmp_path / "run.py").write_text(RUN)
-    killed(command(tmp_path / "run.py", corpus, tmp_path / "data", 2, 0.3, 10), tmp_path / "data/tokens.partial/blocks", 2)
-
-    def left() -> list[psutil.Process]:
-        return [p for p in psutil.process_iter(["environ"]) if str(tmp_path) in " ".join(p.info.get("environ") or [])]
-
-    deadline = time.monotonic() + 5
-    while left() and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert left() == []

@@ -2,10 +2,6 @@
 
 import pickle
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -105,39 +101,6 @@ def test_block_size_does_not_change_a_byte(corpus_dir: Path, tmp_path: Path) -> 
     build(one, TFIDF)
     build(two, replace(TFIDF, block_chunks=1000))
     assert contents(one) == contents(two)
-
-
-def test_continues_after_kill_9_with_the_same_bytes(corpus_dir: Path, tmp_path: Path) -> None:
-    whole, killed = (shutil.copytree(corpus_dir, tmp_path / name) for name in ("whole", "killed"))
-    config = replace(TFIDF, block_chunks=4)
-    build(whole, config)
-    program = (
-        "import time; from pathlib import Path; from retro_jax.retrieval import search_stage\n"
-        "import tests.retrieval.test_neighbours as t\n"
-        "inner = search_stage.nearest_outside\n"
-        "search_stage.nearest_outside = lambda *a: time.sleep(0.1) or inner(*a)\n"
-        f"t.build(Path({str(killed)!r}), t.replace(t.TFIDF, block_chunks=4))"
-    )
-    process = subprocess.Popen([sys.executable, "-c", program], stderr=subprocess.DEVNULL)
-    third = killed / "neighbours.partial" / "blocks" / "0000002.done"
-    try:
-        deadline = time.monotonic() + 120
-        while not third.exists():
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.02)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    assert not (killed / "neighbours").exists()
-    before = third.stat().st_mtime_ns
-    computed = []
-    inner = search_stage.nearest_outside
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(search_stage, "nearest_outside", lambda *arguments: computed.append(1) or inner(*arguments))
-        build(killed, config)
-    blocks = sum(-(-table.num_chunks // 4) for table in open_chunk_tables(killed).values())
-    assert 0 < len(computed) <= blocks - 3 and before
-    assert contents(whole) == contents(killed)
 
 
 def test_what_stands_there_is_opened_not_built(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

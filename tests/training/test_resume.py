@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import random
 import shutil
 import signal
 import subprocess
@@ -73,39 +72,6 @@ def test_a_signal_saves_and_the_next_run_continues(
     assert run(tmp_path, config) == 12 - stop_at
     assert f"continues at step {stop_at} of 12" in capsys.readouterr().out
     assert_equal_runs(whole_run, tmp_path)
-
-
-def kill_and_continue(whole_run: Path, folder: Path, kills: int, seed: int) -> None:
-    """Kill the run ``kills`` times, at random moments between its start and its end, then let it finish."""
-    moments = random.Random(seed)
-    killed = 0
-    while killed < kills:
-        process = start(folder, wait=0.15)
-        if moments.random() < 0.8:  # most after a line of metrics more than before, some while it starts
-            lines = (folder / "metrics.jsonl").read_bytes() if (folder / "metrics.jsonl").exists() else b""
-            wait_for(lambda: (folder / "metrics.jsonl").exists() and (folder / "metrics.jsonl").read_bytes() != lines, process)  # noqa: B023
-        time.sleep(moments.uniform(0.0, 1.0))
-        if process.poll() is None:
-            process.kill()
-            killed += 1
-        output = process.communicate()[0]
-        assert process.returncode in (0, -signal.SIGKILL), output
-        if process.returncode == 0:  # it was done before the kill: begin again
-            assert_equal_runs(whole_run, folder)
-            shutil.rmtree(folder)
-    process = start(folder)
-    output = process.communicate()[0]
-    assert process.returncode == 0, output
-    assert_equal_runs(whole_run, folder)
-
-
-def test_kill_9_and_continue(whole_run: Path, tmp_path: Path) -> None:
-    kill_and_continue(whole_run, tmp_path / "run", kills=3, seed=int(os.environ.get("KILL_SEED", "0")))
-
-
-@pytest.mark.slow
-def test_kill_9_twenty_times(whole_run: Path, tmp_path: Path) -> None:
-    kill_and_continue(whole_run, tmp_path / "run", kills=20, seed=1)
 
 
 def test_sigterm_exits_0_and_tells_how_to_continue(whole_run: Path, tmp_path: Path) -> None:
