@@ -29,7 +29,7 @@ RETRIEVAL_STAGES = STAGES[STAGES.index("embedder") :]
 POOLED = ("tokens", "embedder", "vectors", "index", "neighbours")
 KILLS = [pytest.param(3, id="3"), pytest.param(20, id="20", marks=pytest.mark.slow)]
 MAX_MISSES = 20
-STEPS = 60
+STEPS = 30
 # Of metrics: one every 2 steps, and of validation every 3 and wherever a checkpoint is saved, every 5.
 LINES = STEPS // 2 + STEPS // 3 + STEPS // 5 - STEPS // 15
 SETTINGS = """
@@ -110,7 +110,7 @@ def whole(config: Path) -> dict[str, Whole]:
 def start(config: Path, *arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, *arguments, "--config", str(config)]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, cwd=REPOSITORY, stdout=pipe, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+    return subprocess.Popen(command, cwd=REPOSITORY, stdout=pipe, stderr=subprocess.STDOUT, text=True)
 
 
 def start_prepare(config: Path, data: Path, embedder: str, workers: int = 1) -> subprocess.Popen[str]:
