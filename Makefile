@@ -10,7 +10,8 @@ PYTHON ?= python3
 PYTHON312 ?= $(shell for p in python3.12 $(HOME)/.pyenv/versions/3.12.*/bin/python3.12; do \
     $$p -c 'import sys; sys.exit(sys.version_info[:2] != (3, 12))' 2>/dev/null && echo $$p && break; done)
 TESTS ?= tests
-PYTEST_ARGS ?=
+# Two processes, a file of tests in one of them; PYTEST_ARGS= for one process.
+PYTEST_ARGS ?= --numprocesses 2 --dist loadfile
 
 BIN := .venv/bin
 BIN312 := .venv-3.12/bin
