@@ -13,7 +13,6 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -32,11 +31,9 @@ def main() -> int:
     parser.add_argument("--equal-time", action="store_true", help="also train the GPT as long as the Retro, in seconds")
     parser.add_argument("--output", type=Path, required=True, help="the JSON file to write")
     arguments = parser.parse_args()
-    began = time.time()
     runs = [_run(arguments, seed) for seed in arguments.seeds]
     report = {
         "command": " ".join([Path(sys.executable).name, *sys.argv]),
-        "seconds": round(time.time() - began),
         "seeds": arguments.seeds,
         "summary": _summary(runs),
         "runs": runs,
