@@ -48,11 +48,9 @@ def _run(arguments: argparse.Namespace, seed: int) -> dict:
     """The result of one seed; with its seconds of training by model."""
     workdir = arguments.workdir / f"seed{seed}"
     seeded = [f"TrainConfig.seed={seed}", f"DataConfig.seed={seed}", *arguments.overrides]
-    began = time.time()
     result = _train(arguments, workdir, seeded)
     run = {
         "seed": seed,
-        "wall_seconds": round(time.time() - began),
         "training_seconds": _training_seconds(workdir),
         **_picked(result),
     }
