@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -108,8 +109,8 @@ def test_a_checkpoint_that_finds_no_space_is_told_and_the_run_continues(whole_ru
     process = start(tmp_path / "run", largest_file=8192)
     output = process.communicate()[0]
     assert process.returncode == 2, output
-    (told,) = (line for line in output.splitlines() if line.startswith("error:"))
-    assert told.startswith("error: a checkpoint could not be written to ")
-    assert told.endswith("file too large; free some space and run the same command again to continue from the start")
+    # Threads of TensorStore, which lost their event loop, may write on the same line.
+    told = "file too large; free some space and run the same command again to continue from the start"
+    assert re.search(f"error: a checkpoint could not be written to .*: {told}", output), output
     assert run(tmp_path / "run", tiny_config()) == 12
     assert_equal_runs(whole_run, tmp_path / "run")
