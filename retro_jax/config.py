@@ -167,9 +167,10 @@ class RetrievalConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Training rows: ``seq_len`` tokens (T), ``batch_size`` rows a step over all hosts, and the neighbour filters that are
-    applied when rows are read. ``max_overlap`` drops neighbours that share more than this fraction of the chunk's tokens
-    (longest common run) with the chunk or its continuation; None keeps all."""
+    """Training rows: ``seq_len`` tokens (T), ``batch_size`` rows a step over all hosts; and which of the neighbours found are
+    read, in training and evaluation alike. ``max_overlap`` drops those that share more than this fraction of the chunk's tokens
+    (longest common run) with the chunk or its continuation; ``neighbour_sources`` keeps those from these of
+    ``CorpusConfig.sources``, by number from 0. None keeps all."""
 
     seq_len: int = 512
     batch_size: int = 8
@@ -177,6 +178,7 @@ class DataConfig:
     workers: int = 0
     prefetch: int = 4
     max_overlap: float | None = None
+    neighbour_sources: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         _check_positive(self, "seq_len", "batch_size", "prefetch")
@@ -184,6 +186,8 @@ class DataConfig:
             _check(getattr(self, name) >= 0, f"DataConfig.{name}={getattr(self, name)} must not be negative")
         if self.max_overlap is not None:
             _check(0.0 < self.max_overlap <= 1.0, f"DataConfig.max_overlap={self.max_overlap} must be above 0 and at most 1")
+        if self.neighbour_sources is not None:
+            _check(len(self.neighbour_sources) > 0, "DataConfig.neighbour_sources is empty; name at least one, or set it None")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -480,6 +484,12 @@ class Config:
         ):
             nearest = max(1, round(value / m)) * m
             _check(value % m == 0, f"{name}={value} is not a multiple of ChunkConfig.chunk_len={m}; use {nearest}")
+        sources = range(len(self.corpus.sources))
+        _check(
+            all(number in sources for number in self.data.neighbour_sources or ()),
+            f"DataConfig.neighbour_sources={self.data.neighbour_sources} are not all in 0 to {len(sources) - 1}, the numbers of "
+            "CorpusConfig.sources",
+        )
         _check(
             self.chunks.num_neighbours <= self.retrieval.saved,
             f"ChunkConfig.num_neighbours={self.chunks.num_neighbours} is above RetrievalConfig.saved={self.retrieval.saved}; "

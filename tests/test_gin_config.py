@@ -260,6 +260,7 @@ def test_circular_include(write: Write) -> None:
         ("DataConfig.seq_len = 96", ["ChunkConfig.chunk_len=64"], ["--set ChunkConfig.chunk_len=64", "seq_len is set by {}:1"]),
         ("ModelConfig.num_layers = 3", [], ["set RetroConfig.cca_layers", "num_layers is set by {}:1"]),
         ("TrainConfig.steps = 0", [], ["TrainConfig.steps=0 must be positive", "steps is set by {}:1"]),
+        ("DataConfig.neighbour_sources = (0, 1)", [], ["not all in 0 to 0, the numbers", "neighbour_sources is set by {}:1"]),
         ("RetrievalConfig.saved = 1", [], ["is above RetrievalConfig.saved=1", "saved is set by {}:1"]),
     ],
 )

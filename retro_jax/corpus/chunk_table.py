@@ -59,6 +59,10 @@ class ChunkTable:
     def __len__(self) -> int:
         return self.num_chunks
 
+    def sources(self, chunk_ids: np.ndarray) -> np.ndarray:
+        """The number of each chunk's source, int64 of the shape of ``chunk_ids``, which are at least 0."""
+        return np.searchsorted(self.source_chunks, chunk_ids, side="right") - 1
+
     def gather(self, chunk_ids: np.ndarray, length: int, *, eod: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """The ``length`` tokens of each chunk's document from the chunk's first token on, ending with the document.
 
@@ -82,7 +86,7 @@ class ChunkTable:
         there = np.flatnonzero(flat >= 0)
         if there.size:
             remaining[there] = self.remaining_N[flat[there]]
-            sources = np.searchsorted(self.source_chunks, flat[there], side="right") - 1
+            sources = self.sources(flat[there])
             for source, stored in enumerate(self._tokens):
                 of_source = there[sources == source] if len(self._tokens) > 1 else there
                 tokens[of_source] = _windows(stored, self.start_N[flat[of_source]], length)

@@ -11,6 +11,7 @@ import numpy as np
 
 from retro_jax.data.batch import Batch
 from retro_jax.data.reader import RowReader
+from retro_jax.retrieval.neighbour_table import KEEP_ALL, NeighbourFilter
 
 if TYPE_CHECKING:
     from retro_jax.corpus.chunk_table import ChunkTable
@@ -103,13 +104,15 @@ def target_chunks(chunk_ids_BL: np.ndarray, table: ChunkTable) -> np.ndarray:
     return ids_BLC.reshape(len(ids_BLC), -1)
 
 
-def shuffled_donors(table: ChunkTable, neighbours: NeighbourTable, k: int, *, seed: int) -> np.ndarray:
+def shuffled_donors(
+    table: ChunkTable, neighbours: NeighbourTable, k: int, *, keep: NeighbourFilter = KEEP_ALL, seed: int
+) -> np.ndarray:
     """For each chunk another one whose neighbours it gets instead of its own: a permutation, int64 [chunks].
 
-    The donor has as many neighbours (of ``k``), so that every chunk reads as much as before, and stands in another document
-    unless one document holds more than half of the chunks with as many.
+    The donor has as many neighbours (of ``k`` that pass ``keep``), so that every chunk reads as much as before, and stands in
+    another document unless one document holds more than half of the chunks with as many.
     """
-    count_N = (neighbours.select(np.arange(table.num_chunks), k) >= 0).sum(axis=-1)
+    count_N = (neighbours.select(np.arange(table.num_chunks), k, keep=keep) >= 0).sum(axis=-1)
     random = np.random.default_rng(seed)
     document_order_D, chunk_order_N = random.permutation(table.num_documents), random.permutation(table.num_chunks)
     document_N = np.asarray(table.document_N)

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from retro_jax.config import ChunkConfig
+from retro_jax.config import ChunkConfig, Config, Split
 from retro_jax.data.rows import read_rows, segments_of
+from retro_jax.retrieval.neighbour_table import KEEP_ALL, NeighbourFilter
 
 if TYPE_CHECKING:
     from retro_jax.corpus.chunk_table import ChunkTable
     from retro_jax.data.batch import Batch
+    from retro_jax.prepare import Prepared
     from retro_jax.retrieval.neighbour_table import NeighbourTable
 
 
@@ -29,7 +31,7 @@ class RowReader:
     database: ChunkTable
     neighbours: NeighbourTable | None
     chunks: ChunkConfig
-    max_overlap: float | None = None
+    keep: NeighbourFilter = KEEP_ALL
     donors: np.ndarray | None = None
 
     def read(self, chunk_ids_BL: np.ndarray, segments_BL: np.ndarray | None = None, scored_BL: np.ndarray | None = None) -> Batch:
@@ -49,4 +51,23 @@ class RowReader:
             return np.zeros((*chunk_ids_BL.shape, 0), np.int64)
         if self.donors is not None:
             chunk_ids_BL = np.where(chunk_ids_BL < 0, -1, self.donors[np.maximum(chunk_ids_BL, 0)])
-        return self.neighbours.select(chunk_ids_BL, self.chunks.num_neighbours, max_overlap=self.max_overlap)
+        return self.neighbours.select(chunk_ids_BL, self.chunks.num_neighbours, keep=self.keep)
+
+
+def open_reader(
+    config: Config, prepared: Prepared, split: Split, *, neighbours: bool, donors: np.ndarray | None = None
+) -> RowReader:
+    """The reader of a split's rows by ``DataConfig``: with the neighbours that pass its filters, or with none."""
+    return RowReader(
+        queries=prepared.tables[split],
+        database=prepared.tables["train"],
+        neighbours=prepared.neighbours[split] if neighbours else None,
+        chunks=config.chunks,
+        keep=neighbour_filter(config),
+        donors=donors,
+    )
+
+
+def neighbour_filter(config: Config) -> NeighbourFilter:
+    """Which of the neighbours found are read."""
+    return NeighbourFilter(max_overlap=config.data.max_overlap, sources=config.data.neighbour_sources)

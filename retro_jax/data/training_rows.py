@@ -85,7 +85,7 @@ def describe_rows(rows: TrainingRows, reader: RowReader, *, weights: Sequence[fl
     padding_S = np.divide(places_S - text_S, places_S, out=np.zeros(len(places_S)), where=places_S > 0)
     short = None
     if neighbours is not None:
-        short = neighbours.count_short(reader.chunks.num_neighbours, max_overlap=reader.max_overlap)
+        short = neighbours.count_short(reader.chunks.num_neighbours, keep=reader.keep)
     return {
         "rows": len(rows),
         "text_tokens": int(text_S.sum()),

@@ -20,7 +20,7 @@ from flax import nnx
 from retro_jax.artefact import write_text
 from retro_jax.config import Config
 from retro_jax.data.held_out import HeldOutRows, held_out_rows, shuffled_donors, spread_documents
-from retro_jax.data.reader import RowReader
+from retro_jax.data.reader import RowReader, neighbour_filter, open_reader
 from retro_jax.errors import UserError
 from retro_jax.evaluation.figures import figures, sum_documents
 from retro_jax.evaluation.overlap import overlap_shares
@@ -118,6 +118,7 @@ def _scored(one: Pass, config: Config, prepared: Prepared, rows: HeldOutRows, fo
         "mode": one.mode,
         "data": prepared.fingerprints,
         "chunks": dataclasses.asdict(config.chunks),
+        "filter": dataclasses.asdict(neighbour_filter(config)),
         "windows": [evaluation.split, evaluation.window, evaluation.stride, evaluation.max_documents],
         "seed": evaluation.seed if one.mode == "shuffled" else None,
         "dtype": str(compute_dtype(config.training)),
@@ -150,14 +151,16 @@ def _scored(one: Pass, config: Config, prepared: Prepared, rows: HeldOutRows, fo
 
 def _reader(mode: Mode, config: Config, prepared: Prepared) -> RowReader:
     split = config.evaluation.split
-    table, neighbours, k = prepared.tables[split], prepared.neighbours[split], config.chunks.num_neighbours
-    return RowReader(
-        queries=table,
-        database=prepared.tables["train"],
-        neighbours=neighbours if mode in ("on", "shuffled") else None,
-        chunks=config.chunks,
-        donors=shuffled_donors(table, neighbours, k, seed=config.evaluation.seed) if mode == "shuffled" else None,
-    )
+    donors = None
+    if mode == "shuffled":
+        donors = shuffled_donors(
+            prepared.tables[split],
+            prepared.neighbours[split],
+            config.chunks.num_neighbours,
+            keep=neighbour_filter(config),
+            seed=config.evaluation.seed,
+        )
+    return open_reader(config, prepared, split, neighbours=mode in ("on", "shuffled"), donors=donors)
 
 
 def _result(

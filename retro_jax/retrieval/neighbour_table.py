@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,21 @@ from retro_jax.retrieval.overlap import longest_common_run
 
 NEIGHBOURS = "neighbours"
 ROWS_AT_ONCE = 2**18
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeighbourFilter:
+    """What a neighbour must be to be read.
+
+    ``max_overlap``: it shares (with its continuation) no run of tokens longer than this fraction of the chunk length with the
+    chunk or with the chunk after it. ``sources``: it comes from one of these sources of the corpus, by number. None: any.
+    """
+
+    max_overlap: float | None = None
+    sources: tuple[int, ...] | None = None
+
+
+KEEP_ALL = NeighbourFilter()
 
 
 class NeighbourTable:
@@ -43,16 +59,14 @@ class NeighbourTable:
         return len(self.ids_NS)
 
     def select(
-        self, chunk_ids: np.ndarray, k: int, *, max_overlap: float | None = None, retrieved_len: int | None = None
+        self, chunk_ids: np.ndarray, k: int, *, keep: NeighbourFilter = KEEP_ALL, retrieved_len: int | None = None
     ) -> np.ndarray:
-        """The ``k`` nearest neighbours of each chunk that pass the filters.
+        """The ``k`` nearest neighbours of each chunk that pass the filter.
 
         Args:
             chunk_ids: int64 [...]; -1 for none.
             k: neighbours wanted, at most ``saved``.
-            max_overlap: drop neighbours (the chunk and its continuation, ``retrieved_len`` tokens) that share a run of tokens
-                longer than this fraction of the chunk length with the chunk or with the chunk after it.
-            retrieved_len: tokens of a neighbour; None: as the table was opened with.
+            retrieved_len: tokens of a neighbour, the chunk and its continuation; None: as the table was opened with.
 
         Returns:
             int64 [..., k], nearest first; -1 where fewer are left.
@@ -68,23 +82,18 @@ class NeighbourTable:
         flat_N = ids.reshape(-1)
         found_NS = np.full((len(flat_N), self.saved), -1, np.int64)
         found_NS[flat_N >= 0] = self.ids_NS[flat_N[flat_N >= 0]]
-        if max_overlap is None:
+        if keep == KEEP_ALL:
             chosen_NK = found_NS[:, :k]
         else:
-            longest = int(max_overlap * self._queries.chunk_len)
-            chosen_NK = self._without_near_duplicates(flat_N, found_NS, k, longest, retrieved_len or self._retrieved_len)
+            chosen_NK = self._choose(flat_N, found_NS, k, keep, retrieved_len or self._retrieved_len)
         return np.ascontiguousarray(chosen_NK).reshape(*ids.shape, k)
 
-    def count_short(self, k: int, *, max_overlap: float | None = None, retrieved_len: int | None = None) -> int:
+    def count_short(self, k: int, *, keep: NeighbourFilter = KEEP_ALL) -> int:
         """How many chunks are left with fewer than ``k`` neighbours."""
         short = 0
         for start in range(0, len(self), ROWS_AT_ONCE):
             ids_N = np.arange(start, min(start + ROWS_AT_ONCE, len(self)))
-            short += (
-                int((self.select(ids_N, k, max_overlap=max_overlap, retrieved_len=retrieved_len) < 0).any(axis=1).sum())
-                if k
-                else 0
-            )
+            short += int((self.select(ids_N, k, keep=keep) < 0).any(axis=1).sum())
         return short
 
     def overlaps(self, chunk_ids_N: np.ndarray, neighbour_ids_N: np.ndarray, *, retrieved_len: int | None = None) -> np.ndarray:
@@ -97,8 +106,18 @@ class NeighbourTable:
         after_N = longest_common_run(tokens_N2C[:, C:], neighbour_NR, np.maximum(length_N - C, 0), neighbour_len_N)
         return np.maximum(chunk_N, after_N)
 
-    def _without_near_duplicates(
-        self, chunk_ids_N: np.ndarray, found_NS: np.ndarray, k: int, longest: int, retrieved_len: int
+    def _passes(self, chunk_ids_N: np.ndarray, ids_N: np.ndarray, keep: NeighbourFilter, retrieved_len: int) -> np.ndarray:
+        passed_N = np.ones(len(ids_N), bool)
+        if keep.sources is not None:
+            passed_N = np.isin(self._database.sources(ids_N), keep.sources)
+        if keep.max_overlap is not None:
+            left = np.flatnonzero(passed_N)
+            runs = self.overlaps(chunk_ids_N[left], ids_N[left], retrieved_len=retrieved_len)
+            passed_N[left] = runs <= int(keep.max_overlap * self._queries.chunk_len)
+        return passed_N
+
+    def _choose(
+        self, chunk_ids_N: np.ndarray, found_NS: np.ndarray, k: int, keep: NeighbourFilter, retrieved_len: int
     ) -> np.ndarray:
         """Candidates are looked at from the nearest on, k columns at a time, for the chunks that still lack some."""
         chosen_NK = np.full((len(found_NS), k), -1, np.int64)
@@ -109,9 +128,8 @@ class NeighbourTable:
                 break
             columns_NW = found_NS[lacking, first : first + k]
             row, column = np.nonzero(columns_NW >= 0)
-            runs = self.overlaps(chunk_ids_N[lacking][row], columns_NW[row, column], retrieved_len=retrieved_len)
             passed_NW = np.zeros(columns_NW.shape, bool)
-            passed_NW[row, column] = runs <= longest
+            passed_NW[row, column] = self._passes(chunk_ids_N[lacking][row], columns_NW[row, column], keep, retrieved_len)
             place_NW = count_N[lacking][:, None] + np.cumsum(passed_NW, axis=1) - 1
             row, column = np.nonzero(passed_NW & (place_NW < k))
             chosen_NK[lacking[row], place_NW[row, column]] = columns_NW[row, column]

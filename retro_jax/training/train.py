@@ -14,7 +14,7 @@ from retro_jax.config import Config, ModelConfig, Split
 from retro_jax.data.batch import Batch
 from retro_jax.data.held_out import HeldOutRows, held_out_batches, held_out_rows
 from retro_jax.data.pipeline import training_batches
-from retro_jax.data.reader import RowReader
+from retro_jax.data.reader import RowReader, open_reader
 from retro_jax.data.training_rows import describe_rows, training_rows
 from retro_jax.errors import UserError
 from retro_jax.model import count_parameters, with_vocab
@@ -131,13 +131,7 @@ def validation_batches(config: Config, prepared: Prepared, model_config: ModelCo
 
 
 def _reader(config: Config, prepared: Prepared, model: ModelConfig, split: Split) -> RowReader:
-    return RowReader(
-        queries=prepared.tables[split],
-        database=prepared.tables["train"],
-        neighbours=prepared.neighbours[split] if _reads_neighbours(model) else None,
-        chunks=config.chunks,
-        max_overlap=config.data.max_overlap,
-    )
+    return open_reader(config, prepared, split, neighbours=_reads_neighbours(model))
 
 
 def _reads_neighbours(model: ModelConfig) -> bool:

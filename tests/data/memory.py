@@ -46,11 +46,11 @@ class MemoryNeighbours:
         self.ids_NS = np.asarray(ids_NS, np.int64)
         self.distances_NS = np.zeros(self.ids_NS.shape, np.float32)
 
-    def select(self, chunk_ids, k, max_overlap=None):
+    def select(self, chunk_ids, k, keep=None):
         chunk_ids = np.asarray(chunk_ids)
         return np.where(chunk_ids[..., None] < 0, -1, self.ids_NS[np.maximum(chunk_ids, 0), :k])
 
-    def count_short(self, k, max_overlap=None):
+    def count_short(self, k, keep=None):
         return int((self.ids_NS[:, :k] < 0).any(axis=1).sum())
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from retro_jax.artefact import build_artefact
 from retro_jax.retrieval import neighbour_table
-from retro_jax.retrieval.neighbour_table import NeighbourTable
+from retro_jax.retrieval.neighbour_table import NeighbourFilter, NeighbourTable
 from tests.retrieval.memory_table import MemoryTable
 from tests.retrieval.test_overlap import naive_run
 
@@ -76,9 +76,11 @@ def test_near_duplicates_are_dropped(max_overlap: float, k: int, retrieved_len: 
     table = make_table(tmp_path)
     chunks = np.arange(len(table))
     expected = [naive_select(table, chunk, k, max_overlap, retrieved_len) for chunk in chunks]
-    assert table.select(chunks, k, max_overlap=max_overlap, retrieved_len=retrieved_len).tolist() == expected
+    assert (
+        table.select(chunks, k, keep=NeighbourFilter(max_overlap=max_overlap), retrieved_len=retrieved_len).tolist() == expected
+    )
     if retrieved_len == 2 * C:
-        assert table.select(chunks, k, max_overlap=max_overlap).tolist() == expected
+        assert table.select(chunks, k, keep=NeighbourFilter(max_overlap=max_overlap)).tolist() == expected
     if max_overlap < 0.5 and k < 6:
         assert expected != table.select(chunks, k).tolist()
 
@@ -89,7 +91,7 @@ def test_a_run_of_exactly_the_fraction_stays(tmp_path: Path) -> None:
     runs = table.overlaps(chunks, ids)
     assert len(set(runs.tolist())) > 4
     for run in range(1, C + 1):
-        left = table.select(np.arange(len(table)), SAVED, max_overlap=run / C)
+        left = table.select(np.arange(len(table)), SAVED, keep=NeighbourFilter(max_overlap=run / C))
         assert (left >= 0).sum() == ((runs <= run) & (ids >= 0)).sum()
 
 
@@ -115,8 +117,8 @@ def test_counts_of_chunks_left_short(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(neighbour_table, "ROWS_AT_ONCE", 7)
     for k in range(SAVED + 1):
         assert table.count_short(k) == int((table.ids_NS[:, :k] < 0).any(axis=1).sum())
-        left = table.select(np.arange(len(table)), k, max_overlap=0.3)
-        assert table.count_short(k, max_overlap=0.3) == int((left < 0).any(axis=1).sum())
+        left = table.select(np.arange(len(table)), k, keep=NeighbourFilter(max_overlap=0.3))
+        assert table.count_short(k, keep=NeighbourFilter(max_overlap=0.3)) == int((left < 0).any(axis=1).sum())
     assert table.count_short(2) == 2
 
 
