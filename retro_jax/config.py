@@ -240,9 +240,10 @@ class RetroConfig:
     layer, from 1). ``conv_width``: queries and keys of CCA mix a token with its predecessors (depthwise causal convolution;
     1: none). ``cca_init``: "copy" starts with query = key projection, keys that carry the previous token where there is a
     convolution, and output = ``copy_strength`` times the inverse of the value projection, so that attention to a matching
-    token predicts its successor. ``null_key``: a learned logit a head for attending to nothing. ``neighbour_dropout``: share
-    of chunks whose neighbours are hidden in training. ``cross_document``: CCA may read neighbours of the previous document
-    in the row (Megatron).
+    token predicts its successor. ``null_key``: a learned logit a head for attending to nothing, and where it starts: at a large
+    one CCA starts almost silent; None: CCA always attends to some neighbour. ``neighbour_dropout``: share of chunks whose
+    neighbours are hidden in training. ``cross_document``: CCA may read neighbours of the previous document in the row
+    (Megatron).
     """
 
     chunks: ChunkConfig = field(default_factory=ChunkConfig)
@@ -252,7 +253,7 @@ class RetroConfig:
     cca_init: Literal["standard", "copy"] = "standard"
     copy_strength: float = 1.0
     conv_width: int = 1
-    null_key: bool = False
+    null_key: float | None = None
     gate: float | Literal["learned"] = 1.0
     neighbour_dropout: float = 0.0
     cross_document: bool = False

@@ -73,7 +73,7 @@ def planted_config(folder: Path, texts: list[str], steps: int) -> Config:
     words.save(str(folder / "words.json"))
     chunks = ChunkConfig(chunk_len=CHUNK, num_neighbours=2, retrieved_len=2 * CHUNK)
     encoder = EncoderConfig(num_layers=1, final_norm=True)
-    retro = RetroConfig(chunks=chunks, encoder=encoder, cca_layers=(2,), cca_init="copy", conv_width=4, null_key=True)
+    retro = RetroConfig(chunks=chunks, encoder=encoder, cca_layers=(2,), cca_init="copy", conv_width=4, null_key=0.0)
     return Config(
         corpus=CorpusConfig(sources=(str(folder / "planted.jsonl"),), valid_fraction=0.0, test_fraction=0.1, workers=1),
         tokenizer=TokenizerConfig(kind="tokenizer_json", path=str(folder / "words.json"), eod="<eod>", bos=""),

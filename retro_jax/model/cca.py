@@ -39,7 +39,8 @@ class ChunkedCrossAttention(AttentionProjections):
         key_start, query_start = _falling_taps(first, decay), _falling_taps(0, decay)
         self.key_conv = parameter(start_key, "taps kv_width", (width, neighbour_width), key_start) if width > 1 else None
         self.query_conv = parameter(start_key, "taps width", (width, config.width), query_start) if width > 1 else None
-        self.null_logit = parameter(start_key, "heads", (config.num_heads,), constant(0.0)) if retro.null_key else None
+        null, heads = retro.null_key, (config.num_heads,)
+        self.null_logit = None if null is None else parameter(start_key, "heads", heads, constant(null))
         self.gate = parameter(start_key, "", (), constant(1.0)) if retro.gate == "learned" else None
         if retro.cca_init == "copy":
             self._start_copying(config, neighbour_width, start_key)

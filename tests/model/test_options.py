@@ -39,7 +39,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "retro.cca_layers": ((1, 2), (2,)),
     "retro.cca_positions": ("rotary", "none"),
     "retro.conv_width": (1, 3),
-    "retro.null_key": (False, True),
+    "retro.null_key": (None, 0.0, 2.5),
     "retro.gate": (1.0, 0.5, "learned"),
     "retro.cross_document": (False, True),
 }

@@ -17,7 +17,7 @@ COPY, TAPS, D = 0.7, 3, 16
 @pytest.fixture(scope="module")
 def model() -> Retro:
     copy = {"cca_init": "copy", "copy_strength": COPY, "conv_width": TAPS}
-    return fresh(small(num_layers=4, norm="layernorm1p", retro={"cca_layers": (2,), "gate": "learned", "null_key": True, **copy}))
+    return fresh(small(num_layers=4, norm="layernorm1p", retro={"cca_layers": (2,), "gate": "learned", "null_key": 2.5, **copy}))
 
 
 def leaves(model: Retro, *endings: str) -> list[np.ndarray]:
@@ -26,7 +26,8 @@ def leaves(model: Retro, *endings: str) -> list[np.ndarray]:
 
 def test_norms_gates_null_keys_and_biases(model):
     assert all(np.all(a == 0.0) for a in leaves(model, "scale"))  # layernorm1p: the difference from 1
-    assert all(np.all(a == 0.0) for a in leaves(model, "bias", "null_logit"))
+    assert all(np.all(a == 0.0) for a in leaves(model, "bias"))
+    assert [a.tolist() for a in leaves(model, "null_logit")] == [[[2.5] * 2]]
     assert [a.tolist() for a in leaves(model, "gate")] == [[1.0]]
     assert all(a.dtype == np.float32 for a in jax.tree.leaves(nnx.split(model)[1]))
 
@@ -58,7 +59,7 @@ def test_copy_start(model):
 def test_parameter_tree(golden, form):
     """`make goldens` writes the file anew; a changed line is a changed checkpoint format."""
     if form == "retro":
-        retro = {"cca_layers": (2, 4), "gate": "learned", "null_key": True, "conv_width": 2}
+        retro = {"cca_layers": (2, 4), "gate": "learned", "null_key": 2.5, "conv_width": 2}
         config = small(num_layers=5, positions="learned", activation="swiglu", retro=retro, encoder={"num_layers": 2})
     else:
         config = gpt(small(num_layers=3, norm="rmsnorm", linear_bias=False, num_kv_heads=1, tied_embedding=False))

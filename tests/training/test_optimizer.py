@@ -99,7 +99,7 @@ def test_the_constant_rate_stays_after_the_warmup() -> None:
 def model(gate: float | str = 1.0) -> ModelConfig:
     chunks = ChunkConfig(chunk_len=8, retrieved_len=16)
     retro = RetroConfig(
-        chunks=chunks, encoder=EncoderConfig(num_layers=1), cca_layers=(2, 4), gate=gate, conv_width=2, null_key=True
+        chunks=chunks, encoder=EncoderConfig(num_layers=1), cca_layers=(2, 4), gate=gate, conv_width=2, null_key=0.0
     )
     return ModelConfig(vocab_size=64, width=16, num_layers=4, num_heads=2, retro=retro)
 
