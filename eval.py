@@ -28,10 +28,12 @@ def execute(run: Run, arguments: argparse.Namespace) -> None:
     # JAX and what else takes seconds to import comes after the arguments are checked.
     from retro_jax.evaluation.perplexity import evaluate_perplexity
     from retro_jax.evaluation.report import print_report
+    from retro_jax.host_memory import keep_freed_memory
     from retro_jax.prepare import prepare
     from retro_jax.training.trained import load_trained
 
     refuse_other_config(run)
+    keep_freed_memory()
     prepared = prepare(run.config, run.data_dir)
     trained = load_trained(run.config, prepared.tokenizer.vocab_size, run.workdir, arguments.checkpoint)
     models, steps = {n: model for n, (model, _) in trained.items()}, {n: step for n, (_, step) in trained.items()}

@@ -36,6 +36,7 @@ def execute(run: Run, arguments: argparse.Namespace) -> None:
     from retro_jax.dry_run import describe_run
     from retro_jax.evaluation.perplexity import evaluate_perplexity
     from retro_jax.evaluation.report import print_report
+    from retro_jax.host_memory import keep_freed_memory
     from retro_jax.prepare import prepare
     from retro_jax.training.train import train_all
     from retro_jax.training.trained import load_trained
@@ -44,6 +45,7 @@ def execute(run: Run, arguments: argparse.Namespace) -> None:
         print(describe_run(run))
         return
     refuse_other_config(run)
+    keep_freed_memory()
     prepared = prepare(run.config, run.data_dir)
     store_config(run)
     print(config_text(run.config))

@@ -29,6 +29,7 @@ import numpy as np
 
 from retro_jax.config import ChunkConfig, EncoderConfig, ModelConfig, OptimizerConfig, RetroConfig, TrainConfig
 from retro_jax.data.batch import Batch
+from retro_jax.host_memory import keep_freed_memory
 from retro_jax.model import Retro, count_parameters
 from retro_jax.training.flops import train_flops
 from retro_jax.training.optimizer import is_trained, make_optimizer
@@ -80,6 +81,7 @@ def main() -> None:
     arguments.add_argument("--output", type=Path, default=RESULTS)
     given = arguments.parse_args()
 
+    kept = keep_freed_memory()
     batch = random_rows()
     check(batch)
     sides = {"retro": Timed(stepper(RETRO, batch), given.steps), "gpt": Timed(stepper(GPT, batch), given.steps)}
@@ -95,7 +97,7 @@ def main() -> None:
     result = {
         "device": {"kind": jax.devices()[0].device_kind, "name": cpu_name(), "cores": os.cpu_count()},
         "versions": {"python": platform.python_version(), "jax": jax.__version__, "numpy": np.__version__},
-        "glibc_tunables": os.environ.get("GLIBC_TUNABLES", ""),
+        "keeps_freed_memory": kept,
         "load_average": os.getloadavg()[0],
         "rounds": given.rounds,
         "parameters": {"retro": count_parameters(RETRO), "gpt": count_parameters(GPT)},
