@@ -2,8 +2,8 @@
 
     python benchmarks/seeds.py --config quickstart --seeds 0 1 2 --output benchmarks/results/quickstart.json
 
-With ``--equal-time`` the GPT is also trained for as many seconds as the Retro took. Run again to continue: each run is resumed,
-or skipped where it is done.
+With ``--equal-time`` the GPT is also trained for as many seconds as the Retro took, on as many more rows. Run again to continue:
+each run is resumed, or skipped where it is done.
 """
 
 from __future__ import annotations
@@ -16,7 +16,15 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from retro_jax.evaluation.perplexity import evaluate_perplexity
+from retro_jax.gin_config import load_config
+from retro_jax.host_memory import keep_freed_memory
+from retro_jax.prepare import prepare
+from retro_jax.training.trained import load_trained
+
 REPOSITORY = Path(__file__).resolve().parent.parent
+EQUAL_TIME = "gpt, equal time"
+KEPT = ("models", "differences", "bytes_share", "documents", "targets", "bytes", "python", "versions", "device", "in_words")
 
 
 def main() -> int:
@@ -29,11 +37,14 @@ def main() -> int:
     )
     parser.add_argument("--workdir", type=Path, default=Path("runs/seeds"), help="holds the data and one workdir a seed")
     parser.add_argument("--equal-time", action="store_true", help="also train the GPT as long as the Retro, in seconds")
+    parser.add_argument("--corpus", default="", help="what the corpus is and where it comes from, for the record")
     parser.add_argument("--output", type=Path, required=True, help="the JSON file to write")
     arguments = parser.parse_args()
+    keep_freed_memory()
     runs = [_run(arguments, seed) for seed in arguments.seeds]
     report = {
-        "command": " ".join([Path(sys.executable).name, *sys.argv]),
+        "command": " ".join([Path(sys.executable).name, *(f"'{a}'" if " " in a else a for a in sys.argv)]),
+        **({"corpus": arguments.corpus} if arguments.corpus else {}),
         "seeds": arguments.seeds,
         "summary": _summary(runs),
         "runs": runs,
@@ -47,62 +58,82 @@ def main() -> int:
 def _run(arguments: argparse.Namespace, seed: int) -> dict:
     """The result of one seed; with its seconds of training by model."""
     workdir = arguments.workdir / f"seed{seed}"
-    seeded = [f"TrainConfig.seed={seed}", f"DataConfig.seed={seed}", *arguments.overrides]
-    result = _train(arguments, workdir, seeded)
-    run = {
-        "seed": seed,
-        "training_seconds": _training_seconds(workdir),
-        **_picked(result),
-    }
+    overrides = [
+        f"Config.data_dir={arguments.workdir / 'data'}",
+        f"TrainConfig.seed={seed}",
+        f"DataConfig.seed={seed}",
+        *arguments.overrides,
+    ]
+    _train(arguments.config, workdir, overrides)
+    seconds = _last_timings(workdir, "seconds")
+    run: dict = {"seed": seed, "training_seconds": {name: round(value, 1) for name, value in seconds.items()}}
     if arguments.equal_time:
-        seconds = run["training_seconds"]
-        steps = round(_steps(workdir) * seconds["retro"] / seconds["gpt"])
-        longer = [*seeded, "ModelConfig.retro=None", "TrainConfig.baselines=()", f"TrainConfig.steps={steps}"]
-        result = _train(arguments, arguments.workdir / f"seed{seed}-equal-time", longer)
-        run["equal_time"] = {"steps": steps, **_picked(result)}
-    return run
-
-
-def _train(arguments: argparse.Namespace, workdir: Path, overrides: list[str]) -> dict:
-    sets = [part for override in [f"Config.data_dir={arguments.workdir / 'data'}", *overrides] for part in ("--set", override)]
-    command = [sys.executable, "train.py", "--config", arguments.config, "--workdir", str(workdir.resolve()), *sets]
-    subprocess.run(command, check=True, cwd=REPOSITORY)
+        steps = round(_last_timings(workdir, "step")["retro"] * seconds["retro"] / seconds["gpt"])
+        longer = [*overrides, "ModelConfig.retro=None", "TrainConfig.baselines=()", f"TrainConfig.steps={steps}"]
+        longer_workdir = arguments.workdir / f"seed{seed}-equal-time"
+        _train(arguments.config, longer_workdir, longer)
+        _evaluate_together(arguments.config, (workdir, overrides), (longer_workdir, longer))
+        run["equal_time_steps"] = steps
     (path,) = (workdir / "evaluation").glob("perplexity-*.json")
-    return json.loads(path.read_text())
+    result = json.loads(path.read_text())
+    return run | {name: result[name] for name in KEPT}
 
 
-def _training_seconds(workdir: Path) -> dict[str, float]:
+def _train(config: str, workdir: Path, overrides: list[str]) -> None:
+    sets = [part for override in overrides for part in ("--set", override)]
+    command = [sys.executable, "train.py", "--config", config, "--workdir", str(workdir.resolve()), *sets]
+    subprocess.run(command, check=True, cwd=REPOSITORY)
+
+
+def _evaluate_together(name: str, main_run: tuple[Path, list[str]], longer_run: tuple[Path, list[str]]) -> None:
+    """Score the longer-trained GPT beside the main run's models, so that differences are paired by document."""
+    config = load_config([name], main_run[1])
+    assert config.data_dir is not None
+    prepared = prepare(config, Path(config.data_dir))
+    size = prepared.tokenizer.vocab_size
+    trained = load_trained(config, size, main_run[0])
+    trained[EQUAL_TIME] = load_trained(load_config([name], longer_run[1]), size, longer_run[0])["gpt"]
+    models, steps = {n: model for n, (model, _) in trained.items()}, {n: step for n, (_, step) in trained.items()}
+    evaluate_perplexity(config, prepared, models, main_run[0] / "evaluation", steps=steps)
+
+
+def _last_timings(workdir: Path, field: str) -> dict[str, float]:
     lines = {path.parent.name: path.read_text().splitlines()[-1] for path in workdir.glob("models/*/timings.jsonl")}
-    return {name: round(json.loads(line)["seconds"], 1) for name, line in sorted(lines.items())}
-
-
-def _steps(workdir: Path) -> int:
-    return json.loads((workdir / "models" / "retro" / "timings.jsonl").read_text().splitlines()[-1])["step"]
-
-
-def _picked(result: Mapping) -> dict:
-    kept = ("models", "differences", "bytes_share", "documents", "targets", "bytes", "python", "versions", "device", "in_words")
-    return {name: result[name] for name in kept}
+    return {name: json.loads(line)[field] for name, line in sorted(lines.items())}
 
 
 def _summary(runs: list[dict]) -> dict:
-    """Bits per byte by model (and, below, by overlap): mean over seeds, and each seed's."""
-    summary: dict = {"bits_per_byte": {}, "bits_per_byte_by_overlap": {}}
-    for name, first in runs[0]["models"].items():
-        values = [run["models"][name]["bits_per_byte"]["value"] for run in runs]
-        summary["bits_per_byte"][name] = {"mean": round(statistics.mean(values), 4), "seeds": [round(v, 4) for v in values]}
-        bands = {}
-        for alpha in first["by_overlap"]:
-            at = [run["models"][name]["by_overlap"][alpha]["value"] for run in runs]
-            bands[alpha] = None if None in at else round(statistics.mean(at), 4)
-        summary["bits_per_byte_by_overlap"][name] = bands
-    if "equal_time" in runs[0]:
-        values = [run["equal_time"]["models"]["gpt"]["bits_per_byte"]["value"] for run in runs]
-        summary["bits_per_byte"]["gpt, equal time"] = {
-            "mean": round(statistics.mean(values), 4),
-            "seeds": [round(v, 4) for v in values],
-        }
-    return summary
+    """Means over seeds with each seed's value: bits per byte by model, below by overlap, and differences with their intervals."""
+    models, differences = ([run[kind] for run in runs] for kind in ("models", "differences"))
+    return {
+        "bits_per_byte": {name: _over_seeds([of[name]["bits_per_byte"] for of in models]) for name in models[0]},
+        "bits_per_byte_by_overlap": {name: _means([of[name]["by_overlap"] for of in models]) for name in models[0]},
+        "differences": {
+            name: {
+                **_over_seeds([of[name]["bits_per_byte"] for of in differences]),
+                "intervals": [_interval(of[name]["bits_per_byte"]) for of in differences],
+                "by_band": _means([of[name]["by_band"] for of in differences]),
+            }
+            for name in differences[0]
+        },
+    }
+
+
+def _over_seeds(figures: list[Mapping]) -> dict:
+    return {"mean": _mean(figures), "seeds": [round(figure["value"], 4) for figure in figures]}
+
+
+def _means(tables: list[Mapping]) -> dict:
+    return {key: _mean([table[key] for table in tables]) for key in tables[0]}
+
+
+def _mean(figures: list[Mapping]) -> float | None:
+    values = [figure["value"] for figure in figures]
+    return None if None in values else round(statistics.mean(values), 4)
+
+
+def _interval(figure: Mapping) -> list[float]:
+    return [round(figure["low"], 4), round(figure["high"], 4)]
 
 
 if __name__ == "__main__":
