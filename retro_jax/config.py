@@ -281,7 +281,8 @@ class ModelConfig:
 
     ``vocab_size`` None: the tokenizer's, rounded up to a multiple of ``vocab_multiple``. ``num_kv_heads`` None: as many as
     heads (MHA). ``head_dim`` None: ``width // num_heads``. ``ffn_dim`` None: 4 x width. ``rotary_fraction`` is the share of a
-    head's dims that rotate, ``rotary_scale`` divides positions (linear interpolation).
+    head's dims that rotate, ``rotary_scale`` divides positions (linear interpolation). ``qkv_bias``: biases of queries, keys and
+    values; None: as ``linear_bias`` (Qwen2 has these alone).
     """
 
     vocab_size: int | None = None
@@ -301,6 +302,7 @@ class ModelConfig:
     rotary_scale: float = 1.0
     activation: Activation = "gelu"
     linear_bias: bool = True
+    qkv_bias: bool | None = None
     tied_embedding: bool = True
     final_norm: bool = True
     dropout: float = 0.0

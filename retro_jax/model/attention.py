@@ -24,6 +24,7 @@ class BlockShape:
     ffn_dim: int
     activation: Activation
     bias: bool
+    qkv_bias: bool
     positions: Positions
     rotary_fraction: float
     rotary_base: float
@@ -45,6 +46,7 @@ class BlockShape:
             ffn_dim=config.ffn_width,
             activation=config.activation,
             bias=config.linear_bias,
+            qkv_bias=config.linear_bias if config.qkv_bias is None else config.qkv_bias,
             positions=config.positions,
             rotary_fraction=config.rotary_fraction,
             rotary_base=config.rotary_base,
@@ -64,8 +66,9 @@ class AttentionProjections(nnx.Module):
         N, G, H, D = shape.num_heads, shape.kv_heads, shape.head_dim, shape.width
         keys = jax.random.split(key, 3)
         init = normal(shape.init_std)
-        self.query = Linear("width heads head_dim", (D,), (N, H), bias=shape.bias, init=init, key=keys[0])
-        self.key_value = Linear("kv_width two kv_heads head_dim", (kv_width,), (2, G, H), bias=shape.bias, init=init, key=keys[1])
+        bias, kv_dims = shape.qkv_bias, "kv_width two kv_heads head_dim"
+        self.query = Linear("width heads head_dim", (D,), (N, H), bias=bias, init=init, key=keys[0])
+        self.key_value = Linear(kv_dims, (kv_width,), (2, G, H), bias=bias, init=init, key=keys[1])
         self.out = Linear("heads head_dim width", (N, H), (D,), bias=shape.bias, init=normal(shape.out_std), key=keys[2])
 
 

@@ -1,0 +1,163 @@
+"""Decoders of Hugging Face's transformers, of Llama's form (also Mistral and Qwen2) and of GPT-2's: tensors and config.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from retro_jax.config import ModelConfig
+from retro_jax.errors import UserError
+from retro_jax.interop.format import Format, Row
+from retro_jax.interop.layouts import FLAT, GATE_AND_UP, KEY_AND_VALUE, SAME, SIDE_BY_SIDE, matrix
+
+_LAYER = "model.layers.{layer}."
+LLAMA = Format(
+    "hf-llama",
+    {
+        "model.embedding": "model.embed_tokens.",
+        "model.output": "lm_head.",
+        "model.final_norm": "model.norm.",
+        "decoder.norm_attention": _LAYER + "input_layernorm.",
+        "decoder.attention": _LAYER + "self_attn.",
+        "decoder.norm_ffn": _LAYER + "post_attention_layernorm.",
+        "decoder.ffn": _LAYER + "mlp.",
+    },
+    {
+        "table": (Row(("table",), ("weight",), SAME),),
+        "norm": (Row(("scale",), ("weight",), SAME),),
+        "self-attention": (
+            Row(("query.weight",), ("q_proj.weight",), matrix(1)),
+            Row(("query.bias",), ("q_proj.bias",), FLAT),
+            Row(("key_value.weight",), ("k_proj.weight", "v_proj.weight"), KEY_AND_VALUE),
+            Row(("key_value.bias",), ("k_proj.bias", "v_proj.bias"), KEY_AND_VALUE),
+            Row(("out.weight",), ("o_proj.weight",), matrix(2)),
+            Row(("out.bias",), ("o_proj.bias",), SAME),
+        ),
+        "feed-forward": (
+            Row(("up.weight",), ("gate_proj.weight", "up_proj.weight"), GATE_AND_UP),
+            Row(("up.bias",), ("gate_proj.bias", "up_proj.bias"), GATE_AND_UP),
+            Row(("down.weight",), ("down_proj.weight",), matrix(1)),
+            Row(("down.bias",), ("down_proj.bias",), SAME),
+        ),
+    },
+    (r".*rotary_emb\.inv_freq",),
+    "lm_head.weight",
+)
+
+_BLOCK = "transformer.h.{layer}."
+GPT2 = Format(
+    "hf-gpt2",
+    {
+        "model.embedding": "transformer.wte.",
+        "model.position": "transformer.wpe.",
+        "model.final_norm": "transformer.ln_f.",
+        "decoder.norm_attention": _BLOCK + "ln_1.",
+        "decoder.attention": _BLOCK + "attn.",
+        "decoder.norm_ffn": _BLOCK + "ln_2.",
+        "decoder.ffn": _BLOCK + "mlp.",
+    },
+    {
+        "table": (Row(("table",), ("weight",), SAME),),
+        "norm": (Row(("scale",), ("weight",), SAME), Row(("bias",), ("bias",), SAME)),
+        "self-attention": (
+            Row(("query.weight", "key_value.weight"), ("c_attn.weight",), SIDE_BY_SIDE),
+            Row(("query.bias", "key_value.bias"), ("c_attn.bias",), SIDE_BY_SIDE),
+            Row(("out.weight",), ("c_proj.weight",), matrix(2, out_first=False)),
+            Row(("out.bias",), ("c_proj.bias",), SAME),
+        ),
+        "feed-forward": (
+            Row(("up.weight",), ("c_fc.weight",), SAME),
+            Row(("up.bias",), ("c_fc.bias",), SAME),
+            Row(("down.weight",), ("c_proj.weight",), SAME),
+            Row(("down.bias",), ("c_proj.bias",), SAME),
+        ),
+    },
+    (r".*\.attn\.(masked_)?bias",),
+    "lm_head.weight",
+)
+FORMATS = {"llama": LLAMA, "mistral": LLAMA, "qwen2": LLAMA, "gpt2": GPT2}
+
+
+def model_config(theirs: Mapping[str, Any]) -> ModelConfig:
+    """Our config of a decoder from its ``config.json``.
+
+    Raises:
+        UserError: a setting asks for something that we do not compute; the message names it.
+    """
+    kind = theirs.get("model_type")
+    if kind not in FORMATS:
+        raise UserError(f"config.json has model_type={kind!r}; those that can be read are {', '.join(FORMATS)}")
+    return _gpt2_config(theirs) if kind == "gpt2" else _llama_config(theirs)
+
+
+def _llama_config(theirs: Mapping[str, Any]) -> ModelConfig:
+    kind = theirs["model_type"]
+    # Qwen2 has biases on queries, keys and values without a setting that says so.
+    attention_bias, mlp_bias = theirs.get("attention_bias", False), theirs.get("mlp_bias", False)
+    rope = _rope(theirs)
+    _require(theirs, "hidden_act", "silu")
+    if kind != "qwen2" and attention_bias != mlp_bias:
+        raise UserError(
+            f"config.json has attention_bias={attention_bias} and mlp_bias={mlp_bias}; only both or neither can be read"
+        )
+    if (window := theirs.get("sliding_window")) and theirs.get("use_sliding_window", kind == "mistral"):
+        raise UserError(f"config.json has sliding_window={window}; only attention to the whole row can be read")
+    return ModelConfig(
+        vocab_size=theirs["vocab_size"],
+        width=theirs["hidden_size"],
+        num_layers=theirs["num_hidden_layers"],
+        num_heads=theirs["num_attention_heads"],
+        num_kv_heads=theirs.get("num_key_value_heads") or theirs["num_attention_heads"],
+        head_dim=theirs.get("head_dim") or theirs["hidden_size"] // theirs["num_attention_heads"],
+        ffn_dim=theirs["intermediate_size"],
+        norm="rmsnorm",
+        norm_eps=theirs["rms_norm_eps"],
+        positions="rotary",
+        rotary_base=rope["base"],
+        rotary_scale=rope["scale"],
+        max_positions=theirs.get("max_position_embeddings", 2048),
+        activation="swiglu",
+        linear_bias=bool(mlp_bias),
+        qkv_bias=True if kind == "qwen2" else None,
+        tied_embedding=bool(theirs.get("tie_word_embeddings", False)),
+        retro=None,
+    )
+
+
+def _rope(theirs: Mapping[str, Any]) -> dict[str, float]:
+    """Base and scale of the rotary positions, from either generation of config.json."""
+    given = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
+    kind = given.get("rope_type", given.get("type", "default"))
+    if kind not in ("default", "linear"):
+        raise UserError(f"config.json has rotary positions of type {kind!r}; those that can be read are default and linear")
+    base = given.get("rope_theta", theirs.get("rope_theta", 10_000.0))
+    return {"base": float(base), "scale": float(given.get("factor", 1.0)) if kind == "linear" else 1.0}
+
+
+def _gpt2_config(theirs: Mapping[str, Any]) -> ModelConfig:
+    if theirs.get("activation_function") not in ("gelu_new", "gelu_pytorch_tanh", "gelu"):
+        raise UserError(
+            f"config.json has activation_function={theirs.get('activation_function')!r}; gelu and gelu_new can be read"
+        )
+    for name, value in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False), ("add_cross_attention", False)):
+        _require(theirs, name, value)
+    return ModelConfig(
+        vocab_size=theirs["vocab_size"],
+        width=theirs["n_embd"],
+        num_layers=theirs["n_layer"],
+        num_heads=theirs["n_head"],
+        ffn_dim=theirs.get("n_inner") or 4 * theirs["n_embd"],
+        norm="layernorm",
+        norm_eps=theirs["layer_norm_epsilon"],
+        positions="learned",
+        max_positions=theirs["n_positions"],
+        activation="gelu" if theirs["activation_function"] == "gelu" else "gelu_tanh",
+        linear_bias=True,
+        tied_embedding=bool(theirs.get("tie_word_embeddings", True)),
+        retro=None,
+    )
+
+
+def _require(theirs: Mapping[str, Any], name: str, value: object) -> None:
+    if (given := theirs.get(name, value)) != value:
+        raise UserError(f"config.json has {name}={given!r}; only {value!r} can be read")

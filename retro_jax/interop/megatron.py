@@ -1,0 +1,119 @@
+"""Megatron-LM: Retro and GPT of Megatron core (local and Transformer Engine layers) and of the legacy classes (InstructRetro)."""
+
+from __future__ import annotations
+
+from retro_jax.interop.format import Format, Row
+from retro_jax.interop.layouts import BY_GROUP, BY_HEAD, FLAT, GATED_OUT, SAME, matrix
+
+NORM = (Row(("scale",), ("weight",), SAME), Row(("bias",), ("bias",), SAME))
+TABLE = (Row(("table",), ("weight",), SAME, "vocabulary"),)
+
+
+def _rows(qkv: str, q: str, kv: str, out: str, up: str, down: str) -> dict[str, tuple[Row, ...]]:
+    """The tables of the modules whose tensors are named alike in all versions, from the names that differ."""
+    out_rows = (
+        Row(("out.weight", "gate"), (f"{out}.weight",), GATED_OUT, "columns"),
+        Row(("out.weight",), (f"{out}.weight",), matrix(2), "columns"),
+        Row(("out.bias",), (f"{out}.bias",), SAME),
+    )
+    return {
+        "norm": NORM,
+        "table": TABLE,
+        "self-attention": (
+            Row(("query.weight", "key_value.weight"), (f"{qkv}.weight",), BY_GROUP, "rows"),
+            Row(("query.bias", "key_value.bias"), (f"{qkv}.bias",), BY_GROUP, "rows"),
+            *out_rows,
+        ),
+        "cross-attention": (
+            Row(("query.weight",), (f"{q}.weight",), matrix(1), "rows"),
+            Row(("query.bias",), (f"{q}.bias",), FLAT, "rows"),
+            Row(("key_value.weight",), (f"{kv}.weight",), BY_HEAD, "rows"),
+            Row(("key_value.bias",), (f"{kv}.bias",), BY_HEAD, "rows"),
+            *out_rows,
+        ),
+        "feed-forward": (
+            Row(("up.weight",), (f"{up}.weight",), matrix(1), "rows of halves"),
+            Row(("up.bias",), (f"{up}.bias",), FLAT, "rows of halves"),
+            Row(("down.weight",), (f"{down}.weight",), matrix(1), "columns"),
+            Row(("down.bias",), (f"{down}.bias",), SAME),
+        ),
+    }
+
+
+_ENCODER = "decoder.layers.{first}.cross_attention.encoder.layers.{layer}."
+_CORE = {
+    "model.embedding": "embedding.word_embeddings.",
+    "model.position": "embedding.position_embeddings.",
+    "model.output": "output_layer.",
+    "model.final_norm": "decoder.final_layernorm.",
+    "decoder.norm_attention": "decoder.layers.{layer}.input_layernorm.",
+    "decoder.attention": "decoder.layers.{layer}.self_attention.",
+    "decoder.norm_cca": "decoder.layers.{layer}.pre_cross_attn_layernorm.",
+    "decoder.cca": "decoder.layers.{layer}.cross_attention.attn.",
+    "decoder.norm_ffn": "decoder.layers.{layer}.pre_mlp_layernorm.",
+    "decoder.ffn": "decoder.layers.{layer}.mlp.",
+    "encoder.norm_attention": _ENCODER + "input_layernorm.",
+    "encoder.attention": _ENCODER + "self_attention.",
+    "encoder.norm_cross": _ENCODER + "pre_cross_attn_layernorm.",
+    "encoder.cross": _ENCODER + "cross_attention.attn.",
+    "encoder.norm_ffn": _ENCODER + "pre_mlp_layernorm.",
+    "conditioned encoder.norm_ffn": _ENCODER + "pre_mlp_layernorm.norm.",
+    "encoder.ffn": _ENCODER + "mlp.",
+}
+_NOT_WEIGHTS = (r".*\._extra_state.*", r".*rotary_pos_emb\.inv_freq", r"(optimizer|opt_param_scheduler|rng_state|rerun_state).*")
+
+CORE = Format(
+    "megatron-core",
+    _CORE,
+    _rows(qkv="linear_qkv", q="linear_q", kv="linear_kv", out="linear_proj", up="linear_fc1", down="linear_fc2"),
+    _NOT_WEIGHTS,
+)
+
+# Transformer Engine fuses a norm with the linear layer behind it, but for the norm that the encoder's first layer wraps.
+TRANSFORMER_ENGINE = Format(
+    "megatron-te",
+    {
+        **_CORE,
+        "decoder.norm_attention": "decoder.layers.{layer}.self_attention.linear_qkv.layer_norm_",
+        "decoder.norm_ffn": "decoder.layers.{layer}.mlp.linear_fc1.layer_norm_",
+        "encoder.norm_attention": _ENCODER + "self_attention.linear_qkv.layer_norm_",
+        "encoder.norm_ffn": _ENCODER + "mlp.linear_fc1.layer_norm_",
+    },
+    CORE.rows,
+    _NOT_WEIGHTS,
+)
+
+_LAYER = "language_model.encoder.layers.{layer}."
+_RETRIEVER = "language_model.encoder.layers.{first}.retriever.layers.{layer}."
+LEGACY = Format(
+    "megatron-legacy",
+    {
+        "model.embedding": "language_model.embedding.word_embeddings.",
+        "model.position": "language_model.embedding.position_embeddings.",
+        "model.output": "language_model.output_layer.",
+        "model.final_norm": "language_model.encoder.final_norm.",
+        "decoder.norm_attention": _LAYER + "input_norm.",
+        "decoder.attention": _LAYER + "self_attention.",
+        "decoder with cca.norm_cca": _LAYER + "post_attention_norm.",
+        "decoder with cca.cca": _LAYER + "inter_attention.",
+        "decoder with cca.norm_ffn": _LAYER + "post_inter_attention_norm.",
+        "decoder.norm_ffn": _LAYER + "post_attention_norm.",
+        "decoder.ffn": _LAYER + "mlp.",
+        "encoder.norm_attention": _RETRIEVER + "input_norm.",
+        "encoder.attention": _RETRIEVER + "self_attention.",
+        "conditioned encoder.norm_cross": _RETRIEVER + "post_attention_norm.",
+        "conditioned encoder.cross": _RETRIEVER + "inter_attention.",
+        "conditioned encoder.norm_ffn": _RETRIEVER + "post_inter_attention_norm.",
+        "encoder.norm_ffn": _RETRIEVER + "post_attention_norm.",
+        "encoder.ffn": _RETRIEVER + "mlp.",
+    },
+    _rows(
+        qkv="query_key_value",
+        q="query",
+        kv="key_value",
+        out="dense",
+        up="dense_h_to_4h",
+        down="dense_4h_to_h",
+    ),
+    _NOT_WEIGHTS,
+)

@@ -1,0 +1,75 @@
+"""Our parameters one layer at a time, by names that do not depend on how layers are stacked for the scan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from retro_jax.config import ModelConfig
+from retro_jax.model.decoder import runs
+from retro_jax.training.state import ModelForm, Path, Tree, model_form
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where one layer's parameter lies: ``path`` of the array in the state, and its ``row`` there (None: the whole array)."""
+
+    path: Path
+    row: int | None
+    shape: tuple[int, ...]
+
+
+def slots(config: ModelConfig) -> dict[str, Slot]:
+    """Every parameter by name: ``decoder.<layer>.attention.query.weight``, ``encoder.<layer>.ffn.up.bias``, ``embedding.table``;
+    layers count from 0, through all stacks."""
+    first_layers, count_before = [], 0
+    for pattern, count in runs(config.num_layers, config.cca_layers):
+        first_layers.append(count_before)
+        count_before += len(pattern) * count
+    patterns = runs(config.num_layers, config.cca_layers)
+    found: dict[str, Slot] = {}
+    for path, fact in form_of(config).facts.items():
+        if path[0] != "decoder":
+            found[_name([part for part in path if part != "layers"])] = Slot(path, None, fact.shape)
+            continue
+        _, stack, _, _, place, *rest = path
+        pattern, count = patterns[int(stack)]
+        for row in range(count):
+            layer = first_layers[int(stack)] + row * len(pattern) + int(place)
+            found[_name(["decoder", layer, *rest])] = Slot(path, row, fact.shape[1:])
+    return found
+
+
+def form_of(config: ModelConfig) -> ModelForm:
+    """The form of the model, all of it trained."""
+    return model_form(config, lambda path: True)
+
+
+def take(arrays: Mapping[Path, Any], slot: Slot) -> np.ndarray:
+    """The slot's values out of arrays by path."""
+    array = arrays[slot.path]
+    return np.asarray(array if slot.row is None else array[slot.row])
+
+
+def stacked(config: ModelConfig, named: Mapping[str, np.ndarray]) -> Tree:
+    """The state's nested dict from values by name; every name must be there."""
+    tree: Tree = {}
+    of_path: dict[Path, list[tuple[int | None, np.ndarray]]] = {}
+    for name, slot in slots(config).items():
+        of_path.setdefault(slot.path, []).append((slot.row, named[name]))
+    for path, rows in of_path.items():
+        place = tree
+        for part in path[:-1]:
+            place = place.setdefault(part, {})
+        if rows[0][0] is None:
+            place[path[-1]] = rows[0][1]
+        else:
+            place[path[-1]] = np.stack([values for _, values in sorted(rows, key=lambda row: row[0] or 0)])
+    return tree
+
+
+def _name(parts: list[str | int]) -> str:
+    return ".".join(map(str, parts))
