@@ -205,11 +205,12 @@ def _told(message: str) -> int:
 
 
 def _changes(old: str, new: str) -> dict[str, tuple[str, str]]:
-    """Settings whose values differ between two config texts; "unset" where a text has no such setting."""
-    before, after = _values(old), _values(new)
+    """Settings whose values differ between two config texts; "unset" where a text has no such setting, and what an older version
+    did not know yet had its default."""
+    before, after, default = _values(old), _values(new), _values(config_text(Config()))
     names = [*after, *(name for name in before if name not in after)]
-    unset = "unset"
-    return {n: (before.get(n, unset), after.get(n, unset)) for n in names if before.get(n, unset) != after.get(n, unset)}
+    pairs = {name: (before.get(name, default.get(name, "unset")), after.get(name, "unset")) for name in names}
+    return {name: (was, now) for name, (was, now) in pairs.items() if was != now}
 
 
 def _values(text: str) -> dict[str, str]:

@@ -132,6 +132,16 @@ def test_settings_of_checkpoints_may_not_change(tmp_path: Path, change: str) -> 
         refuse_other_config(Run(load_config([], [change]), run.workdir))
 
 
+def test_a_setting_that_an_older_version_did_not_know_had_its_default(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = stored(tmp_path / "run", checkpoints=True)
+    path = run.workdir / "config.gin"
+    path.write_text("".join(line for line in path.read_text().splitlines(True) if "DataConfig.max_overlap" not in line))
+    refuse_other_config(run)
+    assert capsys.readouterr().out == ""
+    with pytest.raises(UserError, match=r"DataConfig.max_overlap = None, now DataConfig.max_overlap = 0.5"):
+        refuse_other_config(Run(load_config([], ["DataConfig.max_overlap=0.5"]), run.workdir))
+
+
 def test_settings_that_may_change_while_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = stored(tmp_path / "run", checkpoints=True)
     refuse_other_config(run)

@@ -56,8 +56,9 @@ def refuse_other_data(about: About, data: Mapping[str, str], path: Path) -> None
 
 
 def differences(config_class: type, old: dict, new: dict) -> list[tuple[str, Any, Any]]:
-    """Settings that differ, as (Class.field, old, new), in the order of the class; those that do not matter are left out."""
-    old, new = json.loads(json.dumps(old)), json.loads(json.dumps(new))
+    """Settings that differ, as (Class.field, old, new), in the order of the class; those that do not matter are left out. What
+    an older version did not know yet had its default."""
+    old, new = json.loads(json.dumps({**resolved(config_class()), **old})), json.loads(json.dumps(new))
     found: list[tuple[str, Any, Any]] = []
     for name, hint in field_hints(config_class).items():
         before, after = old.get(name), new.get(name)

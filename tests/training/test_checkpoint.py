@@ -213,6 +213,10 @@ def test_settings_that_matter_differ_and_others_do_not() -> None:
     encoder = dataclasses.replace(CONFIG.model.retro.encoder, num_layers=3)  # type: ignore[union-attr]
     nested = dataclasses.replace(CONFIG.model, retro=dataclasses.replace(CONFIG.model.retro, encoder=encoder))  # type: ignore[type-var]
     assert differences(ModelConfig, old, resolved(nested)) == [("EncoderConfig.num_layers", 1, 3)]
+    older = {name: value for name, value in old.items() if name != "rotary_scale"}  # a version that did not know it
+    assert differences(ModelConfig, older, old) == []
+    scaled = resolved(dataclasses.replace(CONFIG.model, rotary_scale=2.0))
+    assert differences(ModelConfig, older, scaled) == [("ModelConfig.rotary_scale", 1.0, 2.0)]
 
 
 def test_a_config_comes_back_from_its_plain_values() -> None:
