@@ -177,8 +177,46 @@ def main(arguments: Sequence[str] | None = None) -> int:
         epilog=stages.epilog,
         formatter_class=stages.formatter_class,
     )
+    _add_convert(commands)
     parsed = parser.parse_args(arguments)
-    return exit_code(lambda: _prepare(parsed))
+    return exit_code(lambda: (_convert if parsed.command == "convert" else _prepare)(parsed))
+
+
+def _add_convert(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "convert",
+        help="read and write checkpoints of Megatron and Hugging Face",
+        description="Convert a checkpoint. Names, shapes and finiteness of all tensors are checked; nothing is half-written.",
+        epilog="example: python -m retro_jax convert --from run --to huggingface --input runs/quickstart/models/gpt --output gpt",
+    )
+    sources = ("run", "retro", "huggingface", "megatron-core", "megatron-te", "megatron-legacy")
+    parser.add_argument(
+        "--from",
+        dest="source",
+        required=True,
+        choices=sources,
+        help="run: a trained model's folder, runs/<config>/models/<name>; retro: our tensors as safetensors; huggingface: Llama, "
+        "Mistral, Qwen2 or GPT-2; Megatron: core, core with Transformer Engine, or legacy (InstructRetro)",
+    )
+    parser.add_argument("--to", dest="target", required=True, choices=sources[1:], help="as --from")
+    parser.add_argument("--input", required=True, metavar="PATH", help="the checkpoint's folder, or its one file")
+    parser.add_argument("--output", required=True, metavar="PATH", help="a folder that does not exist yet")
+    parser.add_argument("--config", metavar="FILE", help="a config with the model's settings; needed to read Megatron's")
+    parser.add_argument(
+        "--set", action="append", default=[], dest="overrides", metavar="CLASS.FIELD=VALUE", help="as for train.py"
+    )
+    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="write in this dtype (default: as it is)")
+    parser.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="ranks to write for Megatron (default: 1)")
+    parser.add_argument("--checkpoint", default="latest", metavar="latest|best|STEP", help="of a run (default: latest)")
+    parser.add_argument("--allow-pickle", action="store_true", help="read PyTorch's pickles too, weights only (needs torch)")
+    parser.add_argument("--verify", action="store_true", help="run both on the same tokens and compare before anything is kept")
+    parser.add_argument("--report", action="store_true", help="print where every tensor came from and went")
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    from retro_jax.interop.command import convert  # JAX is not needed for --help
+
+    convert(arguments)
 
 
 def _prepare(arguments: argparse.Namespace) -> None:

@@ -118,6 +118,18 @@ def test_evaluate_a_checkpoint(trained: tuple[list[str], str]) -> None:
     assert best.returncode == 0, best.stderr
 
 
+def test_convert_a_trained_model(trained: tuple[list[str], str], tmp_path: Path) -> None:
+    models = Path(trained[0][-1]) / "models"
+    for model, target, written in (
+        ("retro", "retro", "decoder.1.cca.query.weight"),
+        ("gpt", "megatron-core", "linear_qkv.weight"),
+    ):
+        what = ["--from", "run", "--to", target, "--input", models / model, "--output", tmp_path / model, "--verify", "--report"]
+        done = run("-m", "retro_jax", "convert", *what)
+        assert done.returncode == 0, done.stderr
+        assert written in done.stdout and "verified: logits as" in done.stdout
+
+
 def test_what_eval_refuses(trained: tuple[list[str], str], tmp_path: Path) -> None:
     arguments, _ = trained
     for extra, told in (

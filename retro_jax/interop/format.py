@@ -9,7 +9,7 @@ from typing import Literal
 
 from retro_jax.config import ModelConfig
 from retro_jax.errors import UserError
-from retro_jax.interop.layouts import Layout
+from retro_jax.interop.layouts import SAME, Layout
 from retro_jax.interop.slots import Slot, slots
 
 # How a tensor is dealt to tensor-parallel ranks: whole to each; by rows or columns; by rows of each half, which stand one
@@ -57,7 +57,7 @@ class Format:
 # The kind of each module, which names its table.
 KINDS = {
     "embedding": "table",
-    "position": "table",
+    "position": "positions",
     "output": "table",
     "final_norm": "norm",
     "norm_attention": "norm",
@@ -72,12 +72,18 @@ KINDS = {
 PLACES = {"decoder with cca": "decoder", "conditioned encoder": "encoder"}
 
 
+# Our own names, for files that need no JAX to be read.
+OURS = Format("retro", {}, {})
+
+
 def entries(config: ModelConfig, target: Format) -> list[Entry]:
     """All correspondences between a model's parameters and the format's tensors, in our order.
 
     Raises:
         UserError: the format has no place for a parameter.
     """
+    if target is OURS:
+        return [Entry((name,), (name,), SAME, "whole") for name in slots(config)]
     modules: dict[tuple[str, int, str], dict[str, Slot]] = {}
     for name, slot in slots(config).items():
         modules.setdefault(_module(name), {})[_within(name)] = slot
@@ -86,7 +92,7 @@ def entries(config: ModelConfig, target: Format) -> list[Entry]:
         prefix, head = _prefix(config, target, part, layer, module), _ours(part, layer, module)
         left = list(tensors)
         for row in target.rows[KINDS[module]]:
-            if set(row.ours) <= set(left):
+            if row.ours[0] in left and set(row.ours) <= set(tensors):  # a gate may count for a weight and a bias
                 left = [name for name in left if name not in row.ours]
                 ours, theirs = tuple(head + name for name in row.ours), tuple(prefix + name for name in row.theirs)
                 halves = row.split == "rows of halves" and config.activation != "swiglu"

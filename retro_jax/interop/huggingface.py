@@ -58,6 +58,7 @@ GPT2 = Format(
     },
     {
         "table": (Row(("table",), ("weight",), SAME),),
+        "positions": (Row(("table",), ("weight",), SAME),),
         "norm": (Row(("scale",), ("weight",), SAME), Row(("bias",), ("bias",), SAME)),
         "self-attention": (
             Row(("query.weight", "key_value.weight"), ("c_attn.weight",), SIDE_BY_SIDE),
@@ -161,3 +162,99 @@ def _gpt2_config(theirs: Mapping[str, Any]) -> ModelConfig:
 def _require(theirs: Mapping[str, Any], name: str, value: object) -> None:
     if (given := theirs.get(name, value)) != value:
         raise UserError(f"config.json has {name}={given!r}; only {value!r} can be read")
+
+
+def hugging_face_config(ours: ModelConfig) -> dict[str, Any]:
+    """``config.json`` of a GPT: Llama's form, Qwen2's or GPT-2's, whichever computes it.
+
+    Raises:
+        UserError: none does; the message names the settings that stand in the way of each.
+    """
+    if ours.retro is not None:
+        raise UserError("Hugging Face has no decoder with chunked cross-attention; export the backbone (ModelConfig.retro=None)")
+    hindrances = {"Llama": _differences(ours, LLAMA_ONLY), "GPT-2": _differences(ours, GPT2_ONLY)}
+    if not hindrances["Llama"]:
+        return _theirs_llama(ours)
+    if not hindrances["GPT-2"]:
+        return _theirs_gpt2(ours)
+    told = "; ".join(f"{form}'s form needs {', '.join(wanted)}" for form, wanted in hindrances.items())
+    raise UserError(f"no decoder of Hugging Face computes this model: {told}")
+
+
+# What the forms fix: field, and the values that they can compute.
+LLAMA_ONLY: dict[str, tuple[object, ...]] = {
+    "norm": ("rmsnorm",),
+    "positions": ("rotary",),
+    "rotary_fraction": (1.0,),
+    "activation": ("swiglu",),
+    "final_norm": (True,),
+}
+GPT2_ONLY: dict[str, tuple[object, ...]] = {
+    "norm": ("layernorm",),
+    "positions": ("learned",),
+    "activation": ("gelu", "gelu_tanh"),
+    "linear_bias": (True,),
+    "qkv_bias": (None, True),
+    "final_norm": (True,),
+    "tied_embedding": (True,),
+}
+
+
+def _differences(ours: ModelConfig, fixed: Mapping[str, tuple[object, ...]]) -> list[str]:
+    told = [
+        f"ModelConfig.{name}={values[0]!r} (not {getattr(ours, name)!r})"
+        for name, values in fixed.items()
+        if getattr(ours, name) not in values
+    ]
+    if fixed is GPT2_ONLY and (ours.kv_heads, ours.heads_dim * ours.num_heads) != (ours.num_heads, ours.width):
+        told.append("as many key/value heads as heads, and heads as wide as the model")
+    if fixed is LLAMA_ONLY and ours.qkv_bias is False and ours.linear_bias:
+        told.append("ModelConfig.qkv_bias=None (not False)")
+    return told
+
+
+def _theirs_llama(ours: ModelConfig) -> dict[str, Any]:
+    qwen = ours.qkv_bias is True and not ours.linear_bias
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": ours.rotary_base}
+    if ours.rotary_scale != 1.0:
+        rope = {"rope_type": "linear", "rope_theta": ours.rotary_base, "factor": ours.rotary_scale}
+    config = {
+        "architectures": ["Qwen2ForCausalLM" if qwen else "LlamaForCausalLM"],
+        "model_type": "qwen2" if qwen else "llama",
+        "vocab_size": ours.vocab_size,
+        "hidden_size": ours.width,
+        "intermediate_size": ours.ffn_width,
+        "num_hidden_layers": ours.num_layers,
+        "num_attention_heads": ours.num_heads,
+        "num_key_value_heads": ours.kv_heads,
+        "head_dim": ours.heads_dim,
+        "hidden_act": "silu",
+        "rms_norm_eps": ours.norm_eps,
+        "max_position_embeddings": ours.max_positions,
+        "rope_parameters": rope,
+        "rope_theta": ours.rotary_base,
+        "tie_word_embeddings": ours.tied_embedding,
+        "attention_dropout": ours.attention_dropout,
+    }
+    if ours.rotary_scale != 1.0:
+        config["rope_scaling"] = {"rope_type": "linear", "type": "linear", "factor": ours.rotary_scale}
+    return config if qwen else {**config, "attention_bias": ours.linear_bias, "mlp_bias": ours.linear_bias}
+
+
+def _theirs_gpt2(ours: ModelConfig) -> dict[str, Any]:
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "vocab_size": ours.vocab_size,
+        "n_embd": ours.width,
+        "n_inner": ours.ffn_width,
+        "n_layer": ours.num_layers,
+        "n_head": ours.num_heads,
+        "n_positions": ours.max_positions,
+        "layer_norm_epsilon": ours.norm_eps,
+        "activation_function": "gelu" if ours.activation == "gelu" else "gelu_new",
+        "tie_word_embeddings": True,
+        "attn_pdrop": ours.attention_dropout,
+        "embd_pdrop": ours.dropout,
+        "resid_pdrop": ours.dropout,
+    }

@@ -121,9 +121,15 @@ def _pack_gated(ours: Arrays) -> Arrays:
     return matrix(2).pack([weight * gate.astype(weight.dtype)])
 
 
+def _pack_gated_bias(ours: Arrays) -> Arrays:
+    bias, gate = ours
+    return [bias * gate.astype(bias.dtype)]
+
+
 def _no_gate(theirs: Arrays, shapes: Shapes) -> Arrays:
     raise AssertionError("a gate folded into a weight is not taken out again")
 
 
-# An output projection times the gate on it.
+# An output projection, and its bias, times the gate on them.
 GATED_OUT = Layout(_pack_gated, _no_gate)
+GATED_BIAS = Layout(_pack_gated_bias, _no_gate)

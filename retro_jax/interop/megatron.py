@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from retro_jax.interop.format import Format, Row
-from retro_jax.interop.layouts import BY_GROUP, BY_HEAD, FLAT, GATED_OUT, SAME, matrix
+from retro_jax.interop.layouts import BY_GROUP, BY_HEAD, FLAT, GATED_BIAS, GATED_OUT, SAME, matrix
 
 NORM = (Row(("scale",), ("weight",), SAME), Row(("bias",), ("bias",), SAME))
-TABLE = (Row(("table",), ("weight",), SAME, "vocabulary"),)
+TABLES = {
+    "table": (Row(("table",), ("weight",), SAME, "vocabulary"),),
+    "positions": (Row(("table",), ("weight",), SAME),),
+}
 
 
 def _rows(qkv: str, q: str, kv: str, out: str, up: str, down: str) -> dict[str, tuple[Row, ...]]:
@@ -14,11 +17,12 @@ def _rows(qkv: str, q: str, kv: str, out: str, up: str, down: str) -> dict[str, 
     out_rows = (
         Row(("out.weight", "gate"), (f"{out}.weight",), GATED_OUT, "columns"),
         Row(("out.weight",), (f"{out}.weight",), matrix(2), "columns"),
+        Row(("out.bias", "gate"), (f"{out}.bias",), GATED_BIAS),
         Row(("out.bias",), (f"{out}.bias",), SAME),
     )
     return {
         "norm": NORM,
-        "table": TABLE,
+        **TABLES,
         "self-attention": (
             Row(("query.weight", "key_value.weight"), (f"{qkv}.weight",), BY_GROUP, "rows"),
             Row(("query.bias", "key_value.bias"), (f"{qkv}.bias",), BY_GROUP, "rows"),

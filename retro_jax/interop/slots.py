@@ -40,7 +40,7 @@ def slots(config: ModelConfig) -> dict[str, Slot]:
         for row in range(count):
             layer = first_layers[int(stack)] + row * len(pattern) + int(place)
             found[_name(["decoder", layer, *rest])] = Slot(path, row, fact.shape[1:])
-    return found
+    return dict(sorted(found.items(), key=lambda item: _order(item[0])))
 
 
 def form_of(config: ModelConfig) -> ModelForm:
@@ -69,6 +69,13 @@ def stacked(config: ModelConfig, named: Mapping[str, np.ndarray]) -> Tree:
         else:
             place[path[-1]] = np.stack([values for _, values in sorted(rows, key=lambda row: row[0] or 0)])
     return tree
+
+
+def _order(name: str) -> tuple[int, int]:
+    """Embeddings, decoder and encoder layer by layer, and the rest."""
+    part, layer, *_ = name.split(".")
+    kinds = ("embedding", "position", "decoder", "encoder")
+    return kinds.index(part) if part in kinds else len(kinds), int(layer) if layer.isdecimal() else 2**31
 
 
 def _name(parts: list[str | int]) -> str:

@@ -1,0 +1,246 @@
+"""Checkpoints as folders: which files hold the tensors of each format and the settings of the model."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from retro_jax.config import ModelConfig, resolved
+from retro_jax.errors import UserError
+from retro_jax.field_types import config_from_plain
+from retro_jax.interop.convert import AsOurs, Written
+from retro_jax.interop.files import SUFFIX, Fact, MemorySource, NpzSource, SafetensorsShards, SafetensorsSource, Source
+from retro_jax.interop.format import OURS, Entry, Format, entries
+from retro_jax.interop.huggingface import FORMATS as HUGGING_FACE
+from retro_jax.interop.huggingface import hugging_face_config, model_config
+from retro_jax.interop.megatron import CORE, LEGACY, TRANSFORMER_ENGINE
+from retro_jax.interop.ranks import RanksSource, deal
+from retro_jax.interop.slots import slots, take
+from retro_jax.progress import progress_bar
+
+RETRO, RUN, HUGGINGFACE = "retro", "run", "huggingface"
+MEGATRON = {format_.name: format_ for format_ in (CORE, TRANSFORMER_ENGINE, LEGACY)}
+READ, WRITTEN = (RETRO, RUN, HUGGINGFACE, *MEGATRON), (RETRO, HUGGINGFACE, *MEGATRON)
+CONFIG_FILE, RANK_FOLDER = "config.json", "mp_rank_{:02d}"
+# Megatron pads vocabularies to a multiple of this times the tensor-parallel size.
+MEGATRON_VOCAB_MULTIPLE = 128
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint read under our names, and what is told of it: where each tensor came from, and which were no weights."""
+
+    config: ModelConfig
+    source: Source
+    entries: list[Entry]
+    skipped: list[str]
+
+
+def open_checkpoint(kind: str, path: Path, config: ModelConfig | None, *, pickles: bool = False, which: str = "latest") -> Opened:
+    """Open a checkpoint of any format in ``READ``.
+
+    Args:
+        kind: the format.
+        path: its folder or file.
+        config: the model's; needed for Megatron, whose checkpoints do not say it in a form that can be read safely.
+        pickles: whether PyTorch's pickles may be read (weights only).
+        which: the checkpoint of a run: "latest", "best" or a step.
+
+    Raises:
+        UserError: it is not there, cannot be read, or does not fit the config.
+    """
+    if not path.exists():
+        raise UserError(f"--input {path} is not there")
+    if kind == RUN:
+        return _open_run(path, which)
+    if kind in MEGATRON:
+        if config is None:
+            raise UserError(f"--from {kind} needs --config, a gin file with the model's settings")
+        return _opened(_megatron_source(path, MEGATRON[kind], config, pickles), MEGATRON[kind], config)
+    settings = _settings(path)
+    if kind == HUGGINGFACE:
+        return _opened(_tensors(path, pickles), HUGGING_FACE[settings["model_type"]], config or model_config(settings))
+    return _opened(_tensors(path, pickles), OURS, config or config_from_plain(ModelConfig, settings["model"]))
+
+
+def write_checkpoint(
+    kind: str, folder: Path, opened: Opened, *, dtype: np.dtype | None = None, ranks: int = 1, shard_bytes: int | None = None
+) -> list[Entry]:
+    """Write a checkpoint of any format in ``WRITTEN`` into an empty folder; returns what was written from where.
+
+    Raises:
+        UserError: the format cannot hold the model; the message names the setting.
+    """
+    config, sharding = opened.config, {} if shard_bytes is None else {"shard_bytes": shard_bytes}
+    if kind == HUGGINGFACE:
+        settings = hugging_face_config(config)
+        written = Written.of(opened.source, HUGGING_FACE[settings["model_type"]], config, dtype=dtype)
+        settings["dtype"] = str(next(iter(written.facts.values())).dtype)
+    elif kind == RETRO:
+        settings = {"model_type": "retro_jax", "model": resolved(config)}
+        written = Written.of(opened.source, OURS, config, dtype=dtype)
+    else:
+        refuse_for_megatron(config, MEGATRON[kind])
+        settings = {"model_type": kind, "tensor_model_parallel_size": ranks, "model": resolved(config)}
+        multiple = MEGATRON_VOCAB_MULTIPLE * ranks if ranks > 1 else 1
+        written = Written.of(opened.source, MEGATRON[kind], config, dtype=dtype, vocab_multiple=multiple)
+    splits = {name: entry.split for entry in written.entries for name in entry.theirs}
+    folders = [folder / RANK_FOLDER.format(rank) for rank in range(ranks)] if kind in MEGATRON else [folder]
+    sinks = []
+    for rank, rank_folder in enumerate(folders):
+        rank_folder.mkdir(exist_ok=True)
+        facts = {name: _rank_fact(fact, splits[name], len(folders), rank) for name, fact in written.facts.items()}
+        sinks.append(SafetensorsShards(rank_folder, facts, **sharding))
+    with progress_bar(f"writing {kind}", len(written.facts)) as bar:
+        for name, tensor in written.tensors():
+            for sink, part in zip(sinks, deal(tensor, splits[name], len(sinks)), strict=True):
+                sink.write(name, part)
+            bar.advance()
+    for sink in sinks:
+        sink.finish()
+    (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
+    return written.entries
+
+
+def backbone(opened: Opened) -> Opened:
+    """The decoder without chunked cross-attention and encoder: the same model with retrieval off."""
+    config = dataclasses.replace(opened.config, retro=None)
+    return Opened(config, opened.source, opened.entries, opened.skipped)
+
+
+# What Megatron fixes: where a setting lies, and the values that it can compute.
+MEGATRON_LIMITS: dict[str, tuple[Callable[[Any], Any], tuple[object, ...]]] = {
+    "ModelConfig.rotary_scale": (lambda c: c.rotary_scale, (1.0,)),
+    "RetroConfig.cca_positions": (lambda c: c.retro.cca_positions, ("none",)),
+    "RetroConfig.conv_width": (lambda c: c.retro.conv_width, (1,)),
+    "RetroConfig.null_key": (lambda c: c.retro.null_key, (None,)),
+    "EncoderConfig.num_layers": (lambda c: min(c.retro.encoder.num_layers, 1), (1,)),
+    "EncoderConfig.width": (lambda c: c.retro.encoder.width, (None,)),
+    "EncoderConfig.num_heads": (lambda c: c.retro.encoder.num_heads, (None,)),
+    "EncoderConfig.ffn_dim": (lambda c: c.retro.encoder.ffn_dim, (None,)),
+    "EncoderConfig.embedding": (lambda c: c.retro.encoder.embedding, ("shared",)),
+    "EncoderConfig.conditioning": (lambda c: c.retro.encoder.conditioning, ("decoder",)),
+    "EncoderConfig.final_norm": (lambda c: c.retro.encoder.final_norm, (False,)),
+}
+
+
+def refuse_for_megatron(config: ModelConfig, target: Format) -> None:
+    """Raises:
+    UserError: Megatron's code cannot compute the model; the first setting that hinders it is named.
+    """
+    for name, (value_of, values) in MEGATRON_LIMITS.items():
+        if config.retro is None and not name.startswith("ModelConfig"):
+            continue
+        if (value := value_of(config)) not in values:
+            raise UserError(f"{target.name} cannot compute {name}={value!r}, only {values[0]!r}")
+    if config.qkv_bias not in (None, config.linear_bias) and target is LEGACY:
+        raise UserError(f"{target.name} cannot compute ModelConfig.qkv_bias={config.qkv_bias!r}, only None")
+    if config.retro is None:
+        return
+    encoder = config.retro.encoder
+    if config.kv_heads != config.num_heads:
+        raise UserError(
+            f"{target.name} cannot compute ModelConfig.num_kv_heads={config.num_kv_heads} with chunked cross-attention, "
+            f"only {config.num_heads}"
+        )
+    wanted = "learned" if config.positions == "learned" else "none"
+    if encoder.positions != wanted:
+        raise UserError(f"{target.name} cannot compute EncoderConfig.positions={encoder.positions!r}, only {wanted!r}")
+    residual = "stream" if target is LEGACY else "normed"
+    if encoder.cross_residual != residual:
+        raise UserError(
+            f"{target.name} cannot compute EncoderConfig.cross_residual={encoder.cross_residual!r}, only {residual!r}"
+        )
+    if config.retro.gate not in (1.0, "learned"):
+        raise UserError(f"{target.name} holds no gate; set RetroConfig.gate to 1.0 or 'learned', not {config.retro.gate}")
+
+
+def megatron_warnings(config: ModelConfig) -> list[str]:
+    """What Megatron computes otherwise, on padding and at borders of documents."""
+    if config.retro is None:
+        return []
+    told = []
+    if config.retro.encoder.padding == "masked":
+        told.append("Megatron attends to padding in neighbours; this model was trained with it hidden (EncoderConfig.padding)")
+    if not config.retro.cross_document:
+        told.append(
+            "Megatron reads neighbours of the document before at its border; this model does not (RetroConfig.cross_document)"
+        )
+    return told
+
+
+def _opened(source: Source, theirs: Format, config: ModelConfig) -> Opened:
+    read = AsOurs(source, theirs, config)
+    return Opened(config, read, read.correspondences(), read.skipped)
+
+
+def _open_run(path: Path, which: str) -> Opened:
+    from flax import nnx
+
+    from retro_jax.training.checkpoint import load_model
+
+    model, _ = load_model(path, which)
+    values: dict[Any, Any] = {place: variable[...] for place, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))}
+    named = {name: take(values, slot) for name, slot in slots(model.config).items()}
+    return Opened(model.config, MemorySource(named), entries(model.config, OURS), [])
+
+
+def _tensors(path: Path, pickles: bool) -> Source:
+    """The tensors of a file or a folder."""
+    if path.suffix == ".npz":
+        return NpzSource(path)
+    pickled = (
+        sorted(path.glob("*.pt")) + sorted(path.glob("*.bin")) if path.is_dir() else [path] * (path.suffix in (".pt", ".bin"))
+    )
+    if pickled and not (path.is_dir() and any(path.glob(f"*{SUFFIX}"))):
+        if not pickles:
+            raise UserError(
+                f"{pickled[0]} is a pickle; allow it to be read (weights only) with --allow-pickle, or give safetensors"
+            )
+        return _pickled(pickled)
+    return SafetensorsSource(path)
+
+
+def _pickled(files: list[Path]) -> Source:
+    import torch
+
+    tensors: dict[str, np.ndarray] = {}
+
+    def collect(name: str, value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            tensors[name] = value.float().numpy() if value.dtype == torch.bfloat16 else value.numpy()
+        elif isinstance(value, dict):
+            for key, inner in value.items():
+                collect(f"{name}.{key}" if name else str(key), inner)
+
+    for file in files:
+        collect("", torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+    return MemorySource({name.removeprefix("model."): tensor for name, tensor in tensors.items()})
+
+
+def _megatron_source(path: Path, theirs: Format, config: ModelConfig, pickles: bool) -> Source:
+    folders = sorted(path.glob("mp_rank_*")) if path.is_dir() else []
+    if not folders:
+        return _tensors(path, pickles)
+    if stages := [folder.name for folder in folders if folder.name.count("_") > 2]:
+        raise UserError(f"{path / stages[0]} is a pipeline stage; convert the checkpoint to pipeline size 1 first")
+    splits = {name: entry.split for entry in entries(config, theirs) for name in entry.theirs}
+    return RanksSource([_tensors(folder, pickles) for folder in folders], splits)
+
+
+def _settings(path: Path) -> dict[str, Any]:
+    file = (path if path.is_dir() else path.parent) / CONFIG_FILE
+    try:
+        return json.loads(file.read_text())
+    except OSError as error:
+        raise UserError(f"{file} is not there; it says what the model is") from error
+
+
+def _rank_fact(fact: Fact, split: Any, ranks: int, rank: int) -> Fact:
+    return Fact(deal(np.broadcast_to(np.zeros((), np.bool_), fact.shape), split, ranks)[rank].shape, fact.dtype)

@@ -1,0 +1,65 @@
+"""``python -m retro_jax convert``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import ml_dtypes
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from retro_jax.gin_config import load_config
+from retro_jax.interop.checkpoints import (
+    HUGGINGFACE,
+    MEGATRON,
+    Opened,
+    backbone,
+    megatron_warnings,
+    open_checkpoint,
+    write_checkpoint,
+)
+from retro_jax.interop.files import new_folder
+from retro_jax.interop.format import Entry
+from retro_jax.interop.verify import verify
+
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
+
+
+def convert(arguments: argparse.Namespace) -> None:
+    """Read, check, write, and tell what went where."""
+    config = load_config([arguments.config], arguments.overrides).model if arguments.config else None
+    opened = open_checkpoint(
+        arguments.source, Path(arguments.input), config, pickles=arguments.allow_pickle, which=arguments.checkpoint
+    )
+    for name in opened.skipped:
+        print(f"skipped {name}: not a weight", file=sys.stderr)
+    if arguments.target == HUGGINGFACE and opened.config.retro is not None:
+        print(
+            "Hugging Face has no chunked cross-attention: the decoder is written without it and without the encoder",
+            file=sys.stderr,
+        )
+        opened = backbone(opened)
+    if arguments.target in MEGATRON:
+        for warning in megatron_warnings(opened.config):
+            print(f"note: {warning}", file=sys.stderr)
+    dtype = DTYPES[arguments.dtype] if arguments.dtype else None
+    with new_folder(Path(arguments.output)) as folder:
+        written = write_checkpoint(arguments.target, folder, opened, dtype=dtype, ranks=arguments.tensor_parallel)
+        if arguments.verify:
+            print(verify(opened, arguments.source, Path(arguments.input), arguments.target, folder, dtype))
+    if arguments.report:
+        _report(opened, written)
+    print(f"{sum(len(entry.theirs) for entry in written)} tensors written to {arguments.output}")
+
+
+def _report(opened: Opened, written: list[Entry]) -> None:
+    """Each of our parameters with where it was read from and where it went."""
+    read_from = {name: entry.theirs for entry in opened.entries for name in entry.ours}
+    table = Table("read from", "parameter", "shape", "written to")
+    for entry in written:
+        for name in entry.ours:
+            table.add_row("\n".join(read_from[name]), name, str(opened.source.facts[name].shape), "\n".join(entry.theirs))
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
