@@ -69,7 +69,7 @@ def _run(arguments: argparse.Namespace, seed: int) -> dict:
     run: dict = {"seed": seed, "training_seconds": {name: round(value, 1) for name, value in seconds.items()}}
     if arguments.equal_time:
         steps = round(_last_timings(workdir, "step")["retro"] * seconds["retro"] / seconds["gpt"])
-        longer = [*overrides, "ModelConfig.retro=None", "TrainConfig.baselines=()", f"TrainConfig.steps={steps}"]
+        longer = _changed(overrides, "ModelConfig.retro=None", "TrainConfig.baselines=()", f"TrainConfig.steps={steps}")
         longer_workdir = arguments.workdir / f"seed{seed}-equal-time"
         _train(arguments.config, longer_workdir, longer)
         _evaluate_together(arguments.config, (workdir, overrides), (longer_workdir, longer))
@@ -77,6 +77,11 @@ def _run(arguments: argparse.Namespace, seed: int) -> dict:
     (path,) = (workdir / "evaluation").glob("perplexity-*.json")
     result = json.loads(path.read_text())
     return run | {name: result[name] for name in KEPT}
+
+
+def _changed(overrides: list[str], *changes: str) -> list[str]:
+    changed = {change.split("=")[0] for change in changes}
+    return [*(override for override in overrides if override.split("=")[0] not in changed), *changes]
 
 
 def _train(config: str, workdir: Path, overrides: list[str]) -> None:

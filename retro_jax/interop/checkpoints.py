@@ -62,7 +62,7 @@ def open_checkpoint(kind: str, path: Path, config: ModelConfig | None, *, pickle
     if kind in MEGATRON:
         if config is None:
             raise UserError(f"--from {kind} needs --config, a gin file with the model's settings")
-        return _opened(_megatron_source(path, MEGATRON[kind], config, pickles), MEGATRON[kind], config)
+        return _open_megatron(path, MEGATRON[kind], config, pickles)
     settings = _settings(path)
     if kind == HUGGINGFACE:
         return _opened(_tensors(path, pickles), HUGGING_FACE[settings["model_type"]], config or model_config(settings))
@@ -224,14 +224,19 @@ def _pickled(files: list[Path]) -> Source:
     return MemorySource({name.removeprefix("model."): tensor for name, tensor in tensors.items()})
 
 
-def _megatron_source(path: Path, theirs: Format, config: ModelConfig, pickles: bool) -> Source:
-    folders = sorted(path.glob("mp_rank_*")) if path.is_dir() else []
-    if not folders:
-        return _tensors(path, pickles)
-    if stages := [folder.name for folder in folders if folder.name.count("_") > 2]:
+def _open_megatron(path: Path, theirs: Format, config: ModelConfig, pickles: bool) -> Opened:
+    """The ranks' tensors as one; a config without a vocabulary gets the checkpoint's, padding included."""
+    folders = (sorted(path.glob("mp_rank_*")) if path.is_dir() else []) or [path]
+    if stages := [folder.name for folder in folders if folder.name.count("_") > 2 and folder != path]:
         raise UserError(f"{path / stages[0]} is a pipeline stage; convert the checkpoint to pipeline size 1 first")
-    splits = {name: entry.split for entry in entries(config, theirs) for name in entry.theirs}
-    return RanksSource([_tensors(folder, pickles) for folder in folders], splits)
+    named = entries(dataclasses.replace(config, vocab_size=config.vocab_size or 1), theirs)
+    splits = {name: entry.split for entry in named for name in entry.theirs}
+    source = RanksSource([_tensors(folder, pickles) for folder in folders], splits)
+    if config.vocab_size is None:
+        (table,) = (entry.theirs[0] for entry in named if entry.ours == ("embedding.table",))
+        rows = source.facts[table].shape[0] if table in source.facts else 1
+        config = dataclasses.replace(config, vocab_size=rows)
+    return _opened(source, theirs, config)
 
 
 def _settings(path: Path) -> dict[str, Any]:

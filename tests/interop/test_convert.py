@@ -74,6 +74,22 @@ def test_megatron(form: str, kind: str, ranks: int, tmp_path: Path) -> None:
     assert sum(len(table[embedding]) for table in tables) == (60 if ranks == 1 else 128 * ranks)
 
 
+def test_a_config_without_a_vocabulary_takes_the_checkpoints(tmp_path: Path) -> None:
+    there_and_back(opened(CORE), "megatron-core", tmp_path / "there", ranks=2)
+    again = open_checkpoint("megatron-core", tmp_path / "there", dataclasses.replace(CORE, vocab_size=None))
+    assert again.config.vocab_size == 256 and not again.source.read("embedding.table")[60:].any()
+
+
+def test_ranks_that_contradict_each_other(tmp_path: Path) -> None:
+    there_and_back(opened(CORE), "megatron-core", tmp_path / "there", ranks=2)
+    change(tmp_path / "there" / "mp_rank_01", decoder__final_layernorm__weight=np.zeros(16, np.float32))
+    with pytest.raises(UserError, match="the ranks hold different decoder.final_layernorm.weight"):
+        open_checkpoint("megatron-core", tmp_path / "there", CORE).source.read("final_norm.scale")
+    change(tmp_path / "there" / "mp_rank_01", extra=np.zeros(16, np.float32))
+    with pytest.raises(UserError, match="rank 1 and rank 0 do not have the same tensors: extra"):
+        open_checkpoint("megatron-core", tmp_path / "there", CORE)
+
+
 def with_encoder(config: ModelConfig, **changes: Any) -> ModelConfig:
     assert config.retro is not None
     encoder = dataclasses.replace(config.retro.encoder, **changes)
