@@ -12,8 +12,8 @@ import pytest
 from retro_jax.host_memory import keep_freed_memory
 
 GLIBC = platform.libc_ver()[0] == "glibc"
-# Page faults of ten calls that each need 64 MiB of buffers. Buffers are freed a little later than they could be, so that the first
-# dozen calls still take new ones.
+# Page faults of ten calls that each need 64 MiB of buffers. Buffers are freed a little later than they could be, so that the
+# first dozen calls still take new ones.
 FAULTS = """
 import resource, sys
 import jax, jax.numpy as jnp
