@@ -208,6 +208,9 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="write in this dtype (default: as it is)")
     parser.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="ranks to write for Megatron (default: 1)")
     parser.add_argument("--checkpoint", default="latest", metavar="latest|best|STEP", help="of a run (default: latest)")
+    parser.add_argument(
+        "--tokenizer", metavar="PATH", help="a run's data/tokenizer, to stand beside a model of Hugging Face's format"
+    )
     parser.add_argument("--allow-pickle", action="store_true", help="read PyTorch's pickles too, weights only (needs torch)")
     parser.add_argument("--verify", action="store_true", help="run both on the same tokens and compare before anything is kept")
     parser.add_argument("--report", action="store_true", help="print where every tensor came from and went")

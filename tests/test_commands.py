@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from retro_jax.corpus.tokenizer import load_tokenizer
 from retro_jax.gin_config import config_text, load_config
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -32,6 +33,7 @@ DataConfig.batch_size = 4
 ModelConfig.width = 16
 ModelConfig.num_layers = 2
 ModelConfig.num_heads = 2
+ModelConfig.positions = 'learned'
 RetroConfig.cca_layers = (2,)
 EncoderConfig.num_layers = 1
 TrainConfig.steps = 8
@@ -128,6 +130,20 @@ def test_convert_a_trained_model(trained: tuple[list[str], str], tmp_path: Path)
         done = run("-m", "retro_jax", "convert", *what)
         assert done.returncode == 0, done.stderr
         assert written in done.stdout and "verified: logits as" in done.stdout
+
+
+def test_a_trained_gpt_and_its_tokenizer_for_transformers(trained: tuple[list[str], str], tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    workdir = Path(trained[0][-1])
+    what = ["--from", "run", "--to", "huggingface", "--input", workdir / "models" / "gpt", "--output", tmp_path / "gpt"]
+    done = run("-m", "retro_jax", "convert", *what, "--tokenizer", workdir / "data" / "tokenizer")
+    assert done.returncode == 0, done.stderr
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path / "gpt"), load_tokenizer(workdir / "data" / "tokenizer")
+    text = "abba cafe, dead beef; ÄÖ 7"
+    assert theirs(text)["input_ids"] == ours.encode_batch([text])[0].tolist()
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (ours.bos_id, ours.eod_id)
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "gpt")
+    assert (config.model_type, config.eos_token_id) == ("gpt2", ours.eod_id)
 
 
 def test_what_eval_refuses(trained: tuple[list[str], str], tmp_path: Path) -> None:

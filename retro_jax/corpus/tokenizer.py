@@ -63,6 +63,10 @@ class Tokenizer(ABC):
         change the text (normalization does; sentencepiece takes U+2581 for a space).
         """
 
+    @abstractmethod
+    def token(self, number: int) -> str:
+        """How the vocabulary spells a token."""
+
     @functools.cached_property
     def prefix_bytes(self) -> int:
         """See the class."""
@@ -113,6 +117,9 @@ class JsonTokenizer(Tokenizer):
     def decode_batch(self, ids: Sequence[np.ndarray]) -> list[str]:
         return self._model.decode_batch(self._drop_specials(ids), skip_special_tokens=True)
 
+    def token(self, number: int) -> str:
+        return str(self._model.id_to_token(number))
+
     def token_bytes(self) -> np.ndarray:
         return self._bytes
 
@@ -147,6 +154,9 @@ class SentencePieceTokenizer(Tokenizer):
 
     def decode_batch(self, ids: Sequence[np.ndarray]) -> list[str]:
         return self._model.decode(self._drop_specials(ids)) if len(ids) else []
+
+    def token(self, number: int) -> str:
+        return self._model.id_to_piece(number)
 
     def token_bytes(self) -> np.ndarray:
         model, counts = self._model, np.zeros(self.vocab_size, np.int32)

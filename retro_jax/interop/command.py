@@ -11,6 +11,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from retro_jax.errors import UserError
 from retro_jax.gin_config import load_config
 from retro_jax.interop.checkpoints import (
     HUGGINGFACE,
@@ -23,6 +24,7 @@ from retro_jax.interop.checkpoints import (
 )
 from retro_jax.interop.files import new_folder
 from retro_jax.interop.format import Entry
+from retro_jax.interop.tokenizer_files import add_tokenizer
 from retro_jax.interop.verify import verify
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
@@ -30,6 +32,8 @@ DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat
 
 def convert(arguments: argparse.Namespace) -> None:
     """Read, check, write, and tell what went where."""
+    if arguments.tokenizer and arguments.target != HUGGINGFACE:
+        raise UserError(f"--tokenizer goes with --to {HUGGINGFACE}; leave it out for --to {arguments.target}")
     config = load_config([arguments.config], arguments.overrides).model if arguments.config else None
     opened = open_checkpoint(
         arguments.source, Path(arguments.input), config, pickles=arguments.allow_pickle, which=arguments.checkpoint
@@ -48,6 +52,8 @@ def convert(arguments: argparse.Namespace) -> None:
     dtype = DTYPES[arguments.dtype] if arguments.dtype else None
     with new_folder(Path(arguments.output)) as folder:
         written = write_checkpoint(arguments.target, folder, opened, dtype=dtype, ranks=arguments.tensor_parallel)
+        if arguments.tokenizer:
+            add_tokenizer(Path(arguments.tokenizer), folder)
         if arguments.verify:
             print(verify(opened, arguments.source, Path(arguments.input), arguments.target, folder, dtype))
     if arguments.report:
