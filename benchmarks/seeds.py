@@ -23,7 +23,7 @@ from retro_jax.prepare import prepare
 from retro_jax.training.trained import load_trained
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-EQUAL_TIME = "gpt, equal time"
+EQUAL_TIME = "gpt_equal_time"
 KEPT = ("models", "differences", "bytes_share", "documents", "targets", "bytes", "python", "versions", "device", "in_words")
 
 

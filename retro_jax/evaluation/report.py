@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 FEW_DOCUMENTS = 30
 # Bits per byte; a smaller difference is called none, however certain it is.
 WORTH_NAMING = 0.005
-NAMES = {"gpt": "GPT", "gpt_matched": "GPT, as many parameters", "retro": "Retro"}
+NAMES = {"gpt": "GPT", "gpt_matched": "GPT, as many parameters", "gpt_equal_time": "GPT, as much time", "retro": "Retro"}
 MODES = {"off": "retrieval off", "shuffled": "shuffled neighbours"}
 
 
@@ -75,9 +75,7 @@ def difference_table(result: Mapping) -> Table:
 def in_words(result: Mapping) -> list[str]:
     """What the figures say: who is ahead, whether that may be chance, and where the gain comes from."""
     differences = result["differences"]
-    sentences = [
-        _ahead(pair, figures, result) for pair, figures in differences.items() if pair.split(" - ")[0] in ("gpt", "gpt_matched")
-    ]
+    sentences = [_ahead(pair, figures, result) for pair, figures in differences.items() if " " not in pair.split(" - ")[0]]
     controls = {pair.split(" - ")[0].partition(" ")[2]: f for pair, f in differences.items() if " " in pair.split(" - ")[0]}
     if controls:
         sentences.append(_controls(controls))
