@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from retro_jax.interop.files import SUFFIX, Fact, MemorySource, NpzSource, Safet
 from retro_jax.interop.format import OURS, Entry, Format, entries
 from retro_jax.interop.huggingface import FORMATS as HUGGING_FACE
 from retro_jax.interop.huggingface import hugging_face_config, model_config
-from retro_jax.interop.megatron import CORE, LEGACY, TRANSFORMER_ENGINE
+from retro_jax.interop.megatron import CORE, LEGACY, TRANSFORMER_ENGINE, as_stored, refuse_for_megatron
 from retro_jax.interop.ranks import RanksSource, deal
 from retro_jax.interop.slots import slots, take
 from retro_jax.progress import progress_bar
@@ -87,7 +86,7 @@ def write_checkpoint(
         written = Written.of(opened.source, OURS, config, dtype=dtype)
     else:
         refuse_for_megatron(config, MEGATRON[kind])
-        settings = {"model_type": kind, "tensor_model_parallel_size": ranks, "model": resolved(config)}
+        settings = {"model_type": kind, "tensor_model_parallel_size": ranks, "model": resolved(as_stored(config))}
         multiple = MEGATRON_VOCAB_MULTIPLE * ranks if ranks > 1 else 1
         written = Written.of(opened.source, MEGATRON[kind], config, dtype=dtype, vocab_multiple=multiple)
     splits = {name: entry.split for entry in written.entries for name in entry.theirs}
@@ -112,67 +111,6 @@ def backbone(opened: Opened) -> Opened:
     """The decoder without chunked cross-attention and encoder: the same model with retrieval off."""
     config = dataclasses.replace(opened.config, retro=None)
     return Opened(config, opened.source, opened.entries, opened.skipped)
-
-
-# What Megatron fixes: where a setting lies, and the values that it can compute.
-MEGATRON_LIMITS: dict[str, tuple[Callable[[Any], Any], tuple[object, ...]]] = {
-    "ModelConfig.rotary_scale": (lambda c: c.rotary_scale, (1.0,)),
-    "RetroConfig.cca_positions": (lambda c: c.retro.cca_positions, ("none",)),
-    "RetroConfig.conv_width": (lambda c: c.retro.conv_width, (1,)),
-    "RetroConfig.null_key": (lambda c: c.retro.null_key, (None,)),
-    "EncoderConfig.num_layers": (lambda c: min(c.retro.encoder.num_layers, 1), (1,)),
-    "EncoderConfig.width": (lambda c: c.retro.encoder.width, (None,)),
-    "EncoderConfig.num_heads": (lambda c: c.retro.encoder.num_heads, (None,)),
-    "EncoderConfig.ffn_dim": (lambda c: c.retro.encoder.ffn_dim, (None,)),
-    "EncoderConfig.embedding": (lambda c: c.retro.encoder.embedding, ("shared",)),
-    "EncoderConfig.conditioning": (lambda c: c.retro.encoder.conditioning, ("decoder",)),
-    "EncoderConfig.final_norm": (lambda c: c.retro.encoder.final_norm, (False,)),
-}
-
-
-def refuse_for_megatron(config: ModelConfig, target: Format) -> None:
-    """Raises:
-    UserError: Megatron's code cannot compute the model; the first setting that hinders it is named.
-    """
-    for name, (value_of, values) in MEGATRON_LIMITS.items():
-        if config.retro is None and not name.startswith("ModelConfig"):
-            continue
-        if (value := value_of(config)) not in values:
-            raise UserError(f"{target.name} cannot compute {name}={value!r}, only {values[0]!r}")
-    if config.qkv_bias not in (None, config.linear_bias) and target is LEGACY:
-        raise UserError(f"{target.name} cannot compute ModelConfig.qkv_bias={config.qkv_bias!r}, only None")
-    if config.retro is None:
-        return
-    encoder = config.retro.encoder
-    if config.kv_heads != config.num_heads:
-        raise UserError(
-            f"{target.name} cannot compute ModelConfig.num_kv_heads={config.num_kv_heads} with chunked cross-attention, "
-            f"only {config.num_heads}"
-        )
-    wanted = "learned" if config.positions == "learned" else "none"
-    if encoder.positions != wanted:
-        raise UserError(f"{target.name} cannot compute EncoderConfig.positions={encoder.positions!r}, only {wanted!r}")
-    residual = "stream" if target is LEGACY else "normed"
-    if encoder.cross_residual != residual:
-        raise UserError(
-            f"{target.name} cannot compute EncoderConfig.cross_residual={encoder.cross_residual!r}, only {residual!r}"
-        )
-    if config.retro.gate not in (1.0, "learned"):
-        raise UserError(f"{target.name} holds no gate; set RetroConfig.gate to 1.0 or 'learned', not {config.retro.gate}")
-
-
-def megatron_warnings(config: ModelConfig) -> list[str]:
-    """What Megatron computes otherwise, on padding and at borders of documents."""
-    if config.retro is None:
-        return []
-    told = []
-    if config.retro.encoder.padding == "masked":
-        told.append("Megatron attends to padding in neighbours; this model was trained with it hidden (EncoderConfig.padding)")
-    if not config.retro.cross_document:
-        told.append(
-            "Megatron reads neighbours of the document before at its border; this model does not (RetroConfig.cross_document)"
-        )
-    return told
 
 
 def _opened(source: Source, theirs: Format, config: ModelConfig) -> Opened:

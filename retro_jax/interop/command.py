@@ -18,12 +18,12 @@ from retro_jax.interop.checkpoints import (
     MEGATRON,
     Opened,
     backbone,
-    megatron_warnings,
     open_checkpoint,
     write_checkpoint,
 )
 from retro_jax.interop.files import new_folder
 from retro_jax.interop.format import Entry
+from retro_jax.interop.megatron import megatron_warnings
 from retro_jax.interop.tokenizer_files import add_tokenizer
 from retro_jax.interop.verify import verify
 

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from retro_jax.config import ModelConfig
+from retro_jax.errors import UserError
 from retro_jax.interop.format import Format, Row
 from retro_jax.interop.layouts import BY_GROUP, BY_HEAD, FLAT, GATED_BIAS, GATED_OUT, SAME, matrix
 
@@ -121,3 +127,73 @@ LEGACY = Format(
     ),
     _NOT_WEIGHTS,
 )
+
+
+# What Megatron fixes: where a setting lies, and the values that it can compute.
+LIMITS: dict[str, tuple[Callable[[Any], Any], tuple[object, ...]]] = {
+    "ModelConfig.rotary_scale": (lambda c: c.rotary_scale, (1.0,)),
+    "RetroConfig.cca_positions": (lambda c: c.retro.cca_positions, ("none",)),
+    "RetroConfig.conv_width": (lambda c: c.retro.conv_width, (1,)),
+    "RetroConfig.null_key": (lambda c: c.retro.null_key, (None,)),
+    "EncoderConfig.num_layers": (lambda c: min(c.retro.encoder.num_layers, 1), (1,)),
+    "EncoderConfig.width": (lambda c: c.retro.encoder.width, (None,)),
+    "EncoderConfig.num_heads": (lambda c: c.retro.encoder.num_heads, (None,)),
+    "EncoderConfig.ffn_dim": (lambda c: c.retro.encoder.ffn_dim, (None,)),
+    "EncoderConfig.embedding": (lambda c: c.retro.encoder.embedding, ("shared",)),
+    "EncoderConfig.conditioning": (lambda c: c.retro.encoder.conditioning, ("decoder",)),
+    "EncoderConfig.final_norm": (lambda c: c.retro.encoder.final_norm, (False,)),
+}
+
+
+def refuse_for_megatron(config: ModelConfig, target: Format) -> None:
+    """Refuse what Megatron's code does not compute.
+
+    Raises:
+        UserError: the first setting that hinders it is named.
+    """
+    for name, (value_of, values) in LIMITS.items():
+        if config.retro is None and not name.startswith("ModelConfig"):
+            continue
+        if (value := value_of(config)) not in values:
+            raise UserError(f"{target.name} cannot compute {name}={value!r}, only {values[0]!r}")
+    if config.qkv_bias not in (None, config.linear_bias) and target is LEGACY:
+        raise UserError(f"{target.name} cannot compute ModelConfig.qkv_bias={config.qkv_bias!r}, only None")
+    if config.retro is None:
+        return
+    encoder = config.retro.encoder
+    if config.kv_heads != config.num_heads:
+        raise UserError(
+            f"{target.name} cannot compute ModelConfig.num_kv_heads={config.num_kv_heads} with chunked cross-attention, "
+            f"only {config.num_heads}"
+        )
+    wanted = "learned" if config.positions == "learned" else "none"
+    if encoder.positions != wanted:
+        raise UserError(f"{target.name} cannot compute EncoderConfig.positions={encoder.positions!r}, only {wanted!r}")
+    residual = "stream" if target is LEGACY else "normed"
+    if encoder.cross_residual != residual:
+        raise UserError(
+            f"{target.name} cannot compute EncoderConfig.cross_residual={encoder.cross_residual!r}, only {residual!r}"
+        )
+    if config.retro.gate not in (1.0, "learned"):
+        raise UserError(f"{target.name} holds no gate; set RetroConfig.gate to 1.0 or 'learned', not {config.retro.gate}")
+
+
+def as_stored(config: ModelConfig) -> ModelConfig:
+    """The config of what is written: a learned gate is part of the output projection there."""
+    if config.retro is None or config.retro.gate != "learned":
+        return config
+    return dataclasses.replace(config, retro=dataclasses.replace(config.retro, gate=1.0))
+
+
+def megatron_warnings(config: ModelConfig) -> list[str]:
+    """What Megatron computes otherwise, on padding and at borders of documents."""
+    if config.retro is None:
+        return []
+    told = []
+    if config.retro.encoder.padding == "masked":
+        told.append("Megatron attends to padding in neighbours; this model was trained with it hidden (EncoderConfig.padding)")
+    if not config.retro.cross_document:
+        told.append(
+            "Megatron reads neighbours of the document before at its border; this model does not (RetroConfig.cross_document)"
+        )
+    return told

@@ -14,6 +14,7 @@ from retro_jax.data.batch import Batch
 from retro_jax.errors import UserError
 from retro_jax.interop.checkpoints import HUGGINGFACE, MEGATRON, Opened, open_checkpoint
 from retro_jax.interop.files import Source
+from retro_jax.interop.megatron import as_stored
 from retro_jax.interop.slots import form_of, slots, stacked
 
 ROWS, CHUNKS = 2, 3
@@ -33,8 +34,8 @@ def verify(opened: Opened, source: str, path: Path, target: str, folder: Path, d
     config = opened.config
     batch = random_batch(config)
     expected = logits(config, opened.source, batch, dtype)
-    again = open_checkpoint(target, folder, config if target in MEGATRON else None)
-    found = {f"{target} read back": logits(config, again.source, batch, None)}
+    again = open_checkpoint(target, folder, as_stored(config) if target in MEGATRON else None)
+    found = {f"{target} read back": logits(again.config, again.source, batch, None)}
     if config.retro is None and importlib.util.find_spec("torch") and importlib.util.find_spec("transformers"):
         for kind, at, name in ((source, path, "transformers on the input"), (target, folder, "transformers on the output")):
             if kind == HUGGINGFACE and (dtype is None or at == folder):

@@ -21,7 +21,7 @@ from retro_jax.interop.checkpoints import Opened, backbone, open_checkpoint, wri
 from retro_jax.interop.files import MemorySource, SafetensorsSource, new_folder
 from retro_jax.interop.format import OURS, entries
 from retro_jax.interop.slots import slots, take
-from retro_jax.interop.verify import logits, random_batch
+from retro_jax.interop.verify import logits, random_batch, verify
 from tests.model.build import gpt, randomised, small
 
 MEGATRON_RETRO = {"cca_positions": "none", "cross_document": True}
@@ -146,6 +146,7 @@ def test_a_learned_gate_is_folded_into_the_output(tmp_path: Path) -> None:
     with new_folder(tmp_path / "there") as folder:
         write_checkpoint("megatron-core", folder, first)
     again = open_checkpoint("megatron-core", tmp_path / "there", CORE)
+    assert "verified" in verify(first, "retro", tmp_path, "megatron-core", tmp_path / "there", None)
     batch = random_batch(config)
     np.testing.assert_allclose(
         logits(CORE, again.source, batch, None), logits(config, first.source, batch, None), atol=1e-5, rtol=1e-5
