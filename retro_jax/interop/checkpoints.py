@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
+import pickle
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,6 +148,7 @@ def _tensors(path: Path, pickles: bool) -> Source:
 
 
 def _pickled(files: list[Path]) -> Source:
+    """PyTorch's files: of a training checkpoint its "model", else everything."""
     import torch
 
     tensors: dict[str, np.ndarray] = {}
@@ -158,8 +161,14 @@ def _pickled(files: list[Path]) -> Source:
                 collect(f"{name}.{key}" if name else str(key), inner)
 
     for file in files:
-        collect("", torch.load(file, map_location="cpu", weights_only=True, mmap=True))
-    return MemorySource({name.removeprefix("model."): tensor for name, tensor in tensors.items()})
+        try:
+            with torch.serialization.safe_globals([argparse.Namespace]):  # Megatron keeps its arguments beside the model
+                held = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except (pickle.UnpicklingError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise UserError(f"{file} cannot be read as tensors alone ({reason}); save its model as safetensors first") from error
+        collect("", held["model"] if isinstance(held.get("model"), dict) else held)
+    return MemorySource(tensors)
 
 
 def _open_megatron(path: Path, theirs: Format, config: ModelConfig, pickles: bool) -> Opened:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 from pathlib import Path
@@ -57,7 +58,7 @@ def assert_same(first: Opened, again: Opened) -> None:
         np.testing.assert_array_equal(read, first.source.read(name), err_msg=name)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("kind", ["megatron-core", "megatron-te", "megatron-legacy"])
 @pytest.mark.parametrize("form", ["retro", "gated retro", "gpt"])
 def test_megatron(form: str, kind: str, ranks: int, tmp_path: Path) -> None:
@@ -88,6 +89,28 @@ def test_ranks_that_contradict_each_other(tmp_path: Path) -> None:
     change(tmp_path / "there" / "mp_rank_01", extra=np.zeros(16, np.float32))
     with pytest.raises(UserError, match="rank 1 and rank 0 do not have the same tensors: extra"):
         open_checkpoint("megatron-core", tmp_path / "there", CORE)
+
+
+def test_pickles_of_megatron(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nested as the legacy classes save it, with the arguments beside the model; other objects are refused."""
+    torch = pytest.importorskip("torch")
+    config = with_encoder(CORE, cross_residual="stream")
+    first = opened(config)
+    there_and_back(first, "megatron-legacy", tmp_path / "there", ranks=2)
+    for rank in range(2):
+        folder = tmp_path / "there" / f"mp_rank_{rank:02d}"
+        nested: dict[str, Any] = {}
+        for name, tensor in load_file(folder / "model.safetensors").items():
+            part, room, rest = name.split(".", 2)
+            nested.setdefault(part, {}).setdefault(room, {})[rest] = torch.from_numpy(tensor)
+        (folder / "model.safetensors").unlink()
+        torch.save({"model": nested, "iteration": 3, "args": argparse.Namespace(num_layers=4)}, folder / "model_optim_rng.pt")
+    with pytest.raises(UserError, match="is a pickle; allow it"):
+        open_checkpoint("megatron-legacy", tmp_path / "there", config)
+    assert_same(first, open_checkpoint("megatron-legacy", tmp_path / "there", config, pickles=True))
+    torch.save({"model": nested, "args": tmp_path}, folder / "model_optim_rng.pt")
+    with pytest.raises(UserError, match="cannot be read as tensors alone"):
+        open_checkpoint("megatron-legacy", tmp_path / "there", config, pickles=True)
 
 
 def with_encoder(config: ModelConfig, **changes: Any) -> ModelConfig:
