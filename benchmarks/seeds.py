@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shlex
 import statistics
 import subprocess
 import sys
@@ -43,7 +44,7 @@ def main() -> int:
     keep_freed_memory()
     runs = [_run(arguments, seed) for seed in arguments.seeds]
     report = {
-        "command": " ".join([Path(sys.executable).name, *(f"'{a}'" if " " in a else a for a in sys.argv)]),
+        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
         **({"corpus": arguments.corpus} if arguments.corpus else {}),
         "seeds": arguments.seeds,
         "summary": _summary(runs),

@@ -18,8 +18,7 @@ from retro_jax.field_types import config_from_plain
 from retro_jax.interop.convert import AsOurs, Written
 from retro_jax.interop.files import SUFFIX, Fact, MemorySource, NpzSource, SafetensorsShards, SafetensorsSource, Source
 from retro_jax.interop.format import OURS, Entry, Format, entries
-from retro_jax.interop.huggingface import FORMATS as HUGGING_FACE
-from retro_jax.interop.huggingface import hugging_face_config, model_config
+from retro_jax.interop.huggingface import format_of, hugging_face_config, model_config
 from retro_jax.interop.megatron import CORE, LEGACY, TRANSFORMER_ENGINE, as_stored, refuse_for_megatron
 from retro_jax.interop.ranks import RanksSource, deal
 from retro_jax.interop.slots import slots, take
@@ -66,8 +65,11 @@ def open_checkpoint(kind: str, path: Path, config: ModelConfig | None, *, pickle
         return _open_megatron(path, MEGATRON[kind], config, pickles)
     settings = _settings(path)
     if kind == HUGGINGFACE:
-        return _opened(_tensors(path, pickles), HUGGING_FACE[settings["model_type"]], config or model_config(settings))
-    return _opened(_tensors(path, pickles), OURS, config or config_from_plain(ModelConfig, settings["model"]))
+        config = config or model_config(settings)
+        return _opened(_tensors(path, pickles), format_of(settings), config)
+    if config is None:
+        config = _our_config(path, settings)
+    return _opened(_tensors(path, pickles), OURS, config)
 
 
 def write_checkpoint(
@@ -81,7 +83,7 @@ def write_checkpoint(
     config, sharding = opened.config, {} if shard_bytes is None else {"shard_bytes": shard_bytes}
     if kind == HUGGINGFACE:
         settings = hugging_face_config(config)
-        written = Written.of(opened.source, HUGGING_FACE[settings["model_type"]], config, dtype=dtype)
+        written = Written.of(opened.source, format_of(settings), config, dtype=dtype)
         settings["dtype"] = str(next(iter(written.facts.values())).dtype)
     elif kind == RETRO:
         settings = {"model_type": "retro_jax", "model": resolved(config)}
@@ -192,6 +194,15 @@ def _settings(path: Path) -> dict[str, Any]:
         return json.loads(file.read_text())
     except OSError as error:
         raise UserError(f"{file} is not there; it says what the model is") from error
+    except ValueError as error:
+        raise UserError(f"{file} is no JSON ({error})") from error
+
+
+def _our_config(path: Path, settings: dict[str, Any]) -> ModelConfig:
+    try:
+        return config_from_plain(ModelConfig, settings["model"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is not in our format: its {CONFIG_FILE} holds no model of ours ({error})") from error
 
 
 def _rank_fact(fact: Fact, split: Any, ranks: int, rank: int) -> Fact:

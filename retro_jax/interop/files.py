@@ -57,7 +57,9 @@ class SafetensorsSource:
             with _opened(file) as tensors:
                 for name in tensors.keys():  # noqa: SIM118 (not a dict)
                     part = tensors.get_slice(name)
-                    self.facts[name] = Fact(tuple(part.get_shape()), np.dtype(DTYPES[part.get_dtype()]))
+                    if (dtype := part.get_dtype()) not in DTYPES:
+                        raise UserError(f"{name} in {file} is of dtype {dtype}; those that can be read are {', '.join(DTYPES)}")
+                    self.facts[name] = Fact(tuple(part.get_shape()), np.dtype(DTYPES[dtype]))
                     self._files[name] = file
         _refuse_missing_shards(path, set(self.facts))
 

@@ -85,10 +85,22 @@ def model_config(theirs: Mapping[str, Any]) -> ModelConfig:
     Raises:
         UserError: a setting asks for something that we do not compute; the message names it.
     """
+    try:
+        return _gpt2_config(theirs) if format_of(theirs) is GPT2 else _llama_config(theirs)
+    except KeyError as error:
+        raise UserError(f"config.json has no {error.args[0]}") from error
+
+
+def format_of(theirs: Mapping[str, Any]) -> Format:
+    """The names that a model of this ``config.json`` has.
+
+    Raises:
+        UserError: it is of another form.
+    """
     kind = theirs.get("model_type")
     if kind not in FORMATS:
         raise UserError(f"config.json has model_type={kind!r}; those that can be read are {', '.join(FORMATS)}")
-    return _gpt2_config(theirs) if kind == "gpt2" else _llama_config(theirs)
+    return FORMATS[kind]
 
 
 def _llama_config(theirs: Mapping[str, Any]) -> ModelConfig:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,11 +26,8 @@ class Slot:
 def slots(config: ModelConfig) -> dict[str, Slot]:
     """Every parameter by name: ``decoder.<layer>.attention.query.weight``, ``encoder.<layer>.ffn.up.bias``, ``embedding.table``;
     layers count from 0, through all stacks."""
-    first_layers, count_before = [], 0
-    for pattern, count in runs(config.num_layers, config.cca_layers):
-        first_layers.append(count_before)
-        count_before += len(pattern) * count
     patterns = runs(config.num_layers, config.cca_layers)
+    first_layers = list(itertools.accumulate((len(pattern) * count for pattern, count in patterns), initial=0))
     found: dict[str, Slot] = {}
     for path, fact in form_of(config).facts.items():
         if path[0] != "decoder":

@@ -234,6 +234,9 @@ NORM = "model.layers.1.input_layernorm.weight"
         (lambda folder: change(folder, model__norm__weight=np.full(16, np.nan, np.float32)), "not finite"),
         (lambda folder: change(folder, lm_head__weight=np.zeros((64, 16), np.float32)), "differs from model.embed_tokens.weight"),
         (lambda folder: (folder / "config.json").unlink(), "it says what the model is"),
+        (lambda folder: (folder / "config.json").write_text("{"), "is no JSON"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "t5"}'), "has model_type='t5'"),
+        (lambda folder: (folder / "config.json").write_text('{"model_type": "llama"}'), "config.json has no"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"\x10" * 60), "truncated or corrupted"),
     ],
 )
@@ -243,6 +246,11 @@ def test_broken_input(broken: Any, told: str, llama: Path, capsys: pytest.Captur
     assert run("--from", "huggingface", "--to", "retro", "--input", llama, "--output", output) == 2
     assert told in capsys.readouterr().err
     assert not output.exists() and sorted(path.name for path in llama.parent.iterdir()) == ["llama"]
+
+
+def test_a_folder_of_another_format(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--from", "retro", "--to", "huggingface", "--input", llama, "--output", llama.parent / "out") == 2
+    assert "is not in our format" in capsys.readouterr().err
 
 
 def test_a_lost_shard(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ import numpy as np
 from retro_jax.config import ModelConfig
 from retro_jax.data.batch import Batch
 from retro_jax.interop.format import Entry, Format, entries
-from retro_jax.interop.huggingface import FORMATS, model_config
+from retro_jax.interop.huggingface import format_of, model_config
 from retro_jax.interop.megatron import CORE, LEGACY
 from retro_jax.interop.slots import form_of, slots, stacked, take
 from retro_jax.training.state import Tree, names
@@ -100,7 +100,7 @@ def read_fixture(path: Path) -> Fixture:
         format_ = LEGACY if settings["family"] == "megatron-legacy" else CORE
         return Fixture(arrays, config_of_settings(settings), format_, megatron_batch(arrays, settings))
     config = model_config(meta["config"])
-    return Fixture(arrays, config, FORMATS[meta["config"]["model_type"]], _hugging_face_batch(arrays))
+    return Fixture(arrays, config, format_of(meta["config"]), _hugging_face_batch(arrays))
 
 
 def compare(fixture: Fixture, precision: str) -> Errors:
