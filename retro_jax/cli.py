@@ -22,6 +22,7 @@ from retro_jax.artefact import write_text
 from retro_jax.config import Config
 from retro_jax.errors import UserError
 from retro_jax.gin_config import config_json, config_text, find_config, load_config
+from retro_jax.interop import READ, WRITTEN
 
 USER_ERROR, INTERRUPTED = 2, 130
 TRACEBACK = "RETRO_JAX_TRACEBACK"
@@ -189,16 +190,15 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
         description="Convert a checkpoint. Names, shapes and finiteness of all tensors are checked; nothing is half-written.",
         epilog="example: python -m retro_jax convert --from run --to huggingface --input runs/quickstart/models/gpt --output gpt",
     )
-    sources = ("run", "retro", "huggingface", "megatron-core", "megatron-te", "megatron-legacy")
     parser.add_argument(
         "--from",
         dest="source",
         required=True,
-        choices=sources,
+        choices=READ,
         help="run: a trained model's folder, runs/<config>/models/<name>; retro: our tensors as safetensors; huggingface: Llama, "
         "Mistral, Qwen2 or GPT-2; Megatron: core, core with Transformer Engine, or legacy (InstructRetro)",
     )
-    parser.add_argument("--to", dest="target", required=True, choices=sources[1:], help="as --from")
+    parser.add_argument("--to", dest="target", required=True, choices=WRITTEN, help="as --from")
     parser.add_argument("--input", required=True, metavar="PATH", help="the checkpoint's folder, or its one file")
     parser.add_argument("--output", required=True, metavar="PATH", help="a folder that does not exist yet")
     parser.add_argument("--config", metavar="FILE", help="a config with the model's settings; needed to read Megatron's")

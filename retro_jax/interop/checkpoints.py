@@ -15,6 +15,7 @@ import numpy as np
 from retro_jax.config import ModelConfig, resolved
 from retro_jax.errors import UserError
 from retro_jax.field_types import config_from_plain
+from retro_jax.interop import HUGGINGFACE, RETRO, RUN
 from retro_jax.interop.convert import AsOurs, Written
 from retro_jax.interop.files import SUFFIX, Fact, MemorySource, NpzSource, SafetensorsShards, SafetensorsSource, Source
 from retro_jax.interop.format import OURS, Entry, Format, entries
@@ -24,9 +25,7 @@ from retro_jax.interop.ranks import RanksSource, deal
 from retro_jax.interop.slots import slots, take
 from retro_jax.progress import progress_bar
 
-RETRO, RUN, HUGGINGFACE = "retro", "run", "huggingface"
 MEGATRON = {format_.name: format_ for format_ in (CORE, TRANSFORMER_ENGINE, LEGACY)}
-READ, WRITTEN = (RETRO, RUN, HUGGINGFACE, *MEGATRON), (RETRO, HUGGINGFACE, *MEGATRON)
 CONFIG_FILE, RANK_FOLDER = "config.json", "mp_rank_{:02d}"
 # Megatron pads vocabularies to a multiple of this times the tensor-parallel size.
 MEGATRON_VOCAB_MULTIPLE = 128

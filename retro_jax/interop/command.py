@@ -13,8 +13,8 @@ from rich.table import Table
 
 from retro_jax.errors import UserError
 from retro_jax.gin_config import load_config
+from retro_jax.interop import HUGGINGFACE
 from retro_jax.interop.checkpoints import (
-    HUGGINGFACE,
     MEGATRON,
     Opened,
     backbone,

@@ -18,8 +18,9 @@ Split = Literal["whole", "rows", "columns", "rows of halves", "vocabulary"]
 
 
 @dataclass(frozen=True)
-class Row:
-    """A line of a table: some of our tensors of a module are these tensors of theirs."""
+class Entry:
+    """Some of our tensors are these tensors of theirs: by names within a module in the tables, by whole names in
+    :func:`entries`."""
 
     ours: tuple[str, ...]
     theirs: tuple[str, ...]
@@ -28,28 +29,18 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Entry:
-    """The same for one layer, with whole names."""
-
-    ours: tuple[str, ...]
-    theirs: tuple[str, ...]
-    layout: Layout
-    split: Split
-
-
-@dataclass(frozen=True)
 class Format:
     """A naming scheme.
 
     ``prefixes`` by place and module ("decoder.norm_ffn"; places are "decoder", "decoder with cca", "encoder", "conditioned
     encoder", where the longer name wins, and "model") with ``{layer}``, and for the encoder ``{first}``, the decoder layer
-    that holds it. ``rows`` by kind of module. ``not_weights``: patterns of their tensors that are none. ``tied_output``: what
+    that holds it. ``tables`` by kind of module. ``not_weights``: patterns of their tensors that are none. ``tied_output``: what
     their output table is called, which a checkpoint with tied embeddings may hold a second time.
     """
 
     name: str
     prefixes: Mapping[str, str]
-    rows: Mapping[str, Sequence[Row]]
+    tables: Mapping[str, Sequence[Entry]]
     not_weights: tuple[str, ...] = ()
     tied_output: str = ""
 
@@ -83,7 +74,7 @@ def entries(config: ModelConfig, target: Format) -> list[Entry]:
         UserError: the format has no place for a parameter.
     """
     if target is OURS:
-        return [Entry((name,), (name,), SAME, "whole") for name in slots(config)]
+        return [Entry((name,), (name,), SAME) for name in slots(config)]
     modules: dict[tuple[str, int, str], dict[str, Slot]] = {}
     for name, slot in slots(config).items():
         modules.setdefault(_module(name), {})[_within(name)] = slot
@@ -91,12 +82,12 @@ def entries(config: ModelConfig, target: Format) -> list[Entry]:
     for (part, layer, module), tensors in modules.items():
         prefix, head = _prefix(config, target, part, layer, module), _ours(part, layer, module)
         left = list(tensors)
-        for row in target.rows[KINDS[module]]:
-            if row.ours[0] in left and set(row.ours) <= set(tensors):  # a gate may count for a weight and a bias
-                left = [name for name in left if name not in row.ours]
-                ours, theirs = tuple(head + name for name in row.ours), tuple(prefix + name for name in row.theirs)
-                halves = row.split == "rows of halves" and config.activation != "swiglu"
-                found.append(Entry(ours, theirs, row.layout, "rows" if halves else row.split))
+        for entry in target.tables[KINDS[module]]:
+            if entry.ours[0] in left and set(entry.ours) <= set(tensors):  # a gate may count for a weight and a bias
+                left = [name for name in left if name not in entry.ours]
+                ours, theirs = tuple(head + name for name in entry.ours), tuple(prefix + name for name in entry.theirs)
+                halves = entry.split == "rows of halves" and config.activation != "swiglu"
+                found.append(Entry(ours, theirs, entry.layout, "rows" if halves else entry.split))
         if left:
             raise UserError(f"{target.name} has no place for {head}{left[0]}")
     return found

@@ -7,7 +7,7 @@ from typing import Any
 
 from retro_jax.config import ModelConfig
 from retro_jax.errors import UserError
-from retro_jax.interop.format import Format, Row
+from retro_jax.interop.format import Entry, Format
 from retro_jax.interop.layouts import FLAT, GATE_AND_UP, KEY_AND_VALUE, SAME, SIDE_BY_SIDE, matrix
 
 _LAYER = "model.layers.{layer}."
@@ -23,21 +23,21 @@ LLAMA = Format(
         "decoder.ffn": _LAYER + "mlp.",
     },
     {
-        "table": (Row(("table",), ("weight",), SAME),),
-        "norm": (Row(("scale",), ("weight",), SAME),),
+        "table": (Entry(("table",), ("weight",), SAME),),
+        "norm": (Entry(("scale",), ("weight",), SAME),),
         "self-attention": (
-            Row(("query.weight",), ("q_proj.weight",), matrix(1)),
-            Row(("query.bias",), ("q_proj.bias",), FLAT),
-            Row(("key_value.weight",), ("k_proj.weight", "v_proj.weight"), KEY_AND_VALUE),
-            Row(("key_value.bias",), ("k_proj.bias", "v_proj.bias"), KEY_AND_VALUE),
-            Row(("out.weight",), ("o_proj.weight",), matrix(2)),
-            Row(("out.bias",), ("o_proj.bias",), SAME),
+            Entry(("query.weight",), ("q_proj.weight",), matrix(1)),
+            Entry(("query.bias",), ("q_proj.bias",), FLAT),
+            Entry(("key_value.weight",), ("k_proj.weight", "v_proj.weight"), KEY_AND_VALUE),
+            Entry(("key_value.bias",), ("k_proj.bias", "v_proj.bias"), KEY_AND_VALUE),
+            Entry(("out.weight",), ("o_proj.weight",), matrix(2)),
+            Entry(("out.bias",), ("o_proj.bias",), SAME),
         ),
         "feed-forward": (
-            Row(("up.weight",), ("gate_proj.weight", "up_proj.weight"), GATE_AND_UP),
-            Row(("up.bias",), ("gate_proj.bias", "up_proj.bias"), GATE_AND_UP),
-            Row(("down.weight",), ("down_proj.weight",), matrix(1)),
-            Row(("down.bias",), ("down_proj.bias",), SAME),
+            Entry(("up.weight",), ("gate_proj.weight", "up_proj.weight"), GATE_AND_UP),
+            Entry(("up.bias",), ("gate_proj.bias", "up_proj.bias"), GATE_AND_UP),
+            Entry(("down.weight",), ("down_proj.weight",), matrix(1)),
+            Entry(("down.bias",), ("down_proj.bias",), SAME),
         ),
     },
     (r".*rotary_emb\.inv_freq",),
@@ -57,20 +57,20 @@ GPT2 = Format(
         "decoder.ffn": _BLOCK + "mlp.",
     },
     {
-        "table": (Row(("table",), ("weight",), SAME),),
-        "positions": (Row(("table",), ("weight",), SAME),),
-        "norm": (Row(("scale",), ("weight",), SAME), Row(("bias",), ("bias",), SAME)),
+        "table": (Entry(("table",), ("weight",), SAME),),
+        "positions": (Entry(("table",), ("weight",), SAME),),
+        "norm": (Entry(("scale",), ("weight",), SAME), Entry(("bias",), ("bias",), SAME)),
         "self-attention": (
-            Row(("query.weight", "key_value.weight"), ("c_attn.weight",), SIDE_BY_SIDE),
-            Row(("query.bias", "key_value.bias"), ("c_attn.bias",), SIDE_BY_SIDE),
-            Row(("out.weight",), ("c_proj.weight",), matrix(2, out_first=False)),
-            Row(("out.bias",), ("c_proj.bias",), SAME),
+            Entry(("query.weight", "key_value.weight"), ("c_attn.weight",), SIDE_BY_SIDE),
+            Entry(("query.bias", "key_value.bias"), ("c_attn.bias",), SIDE_BY_SIDE),
+            Entry(("out.weight",), ("c_proj.weight",), matrix(2, out_first=False)),
+            Entry(("out.bias",), ("c_proj.bias",), SAME),
         ),
         "feed-forward": (
-            Row(("up.weight",), ("c_fc.weight",), SAME),
-            Row(("up.bias",), ("c_fc.bias",), SAME),
-            Row(("down.weight",), ("c_proj.weight",), SAME),
-            Row(("down.bias",), ("c_proj.bias",), SAME),
+            Entry(("up.weight",), ("c_fc.weight",), SAME),
+            Entry(("up.bias",), ("c_fc.bias",), SAME),
+            Entry(("down.weight",), ("c_proj.weight",), SAME),
+            Entry(("down.bias",), ("c_proj.bias",), SAME),
         ),
     },
     (r".*\.attn\.(masked_)?bias",),

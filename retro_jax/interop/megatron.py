@@ -8,44 +8,45 @@ from typing import Any
 
 from retro_jax.config import ModelConfig
 from retro_jax.errors import UserError
-from retro_jax.interop.format import Format, Row
+from retro_jax.interop import MEGATRON_CORE, MEGATRON_LEGACY, MEGATRON_TE
+from retro_jax.interop.format import Entry, Format
 from retro_jax.interop.layouts import BY_GROUP, BY_HEAD, FLAT, GATED_BIAS, GATED_OUT, SAME, matrix
 
-NORM = (Row(("scale",), ("weight",), SAME), Row(("bias",), ("bias",), SAME))
+NORM = (Entry(("scale",), ("weight",), SAME), Entry(("bias",), ("bias",), SAME))
 TABLES = {
-    "table": (Row(("table",), ("weight",), SAME, "vocabulary"),),
-    "positions": (Row(("table",), ("weight",), SAME),),
+    "table": (Entry(("table",), ("weight",), SAME, "vocabulary"),),
+    "positions": (Entry(("table",), ("weight",), SAME),),
 }
 
 
-def _rows(qkv: str, q: str, kv: str, out: str, up: str, down: str) -> dict[str, tuple[Row, ...]]:
+def _rows(qkv: str, q: str, kv: str, out: str, up: str, down: str) -> dict[str, tuple[Entry, ...]]:
     """The tables of the modules whose tensors are named alike in all versions, from the names that differ."""
     out_rows = (
-        Row(("out.weight", "gate"), (f"{out}.weight",), GATED_OUT, "columns"),
-        Row(("out.weight",), (f"{out}.weight",), matrix(2), "columns"),
-        Row(("out.bias", "gate"), (f"{out}.bias",), GATED_BIAS),
-        Row(("out.bias",), (f"{out}.bias",), SAME),
+        Entry(("out.weight", "gate"), (f"{out}.weight",), GATED_OUT, "columns"),
+        Entry(("out.weight",), (f"{out}.weight",), matrix(2), "columns"),
+        Entry(("out.bias", "gate"), (f"{out}.bias",), GATED_BIAS),
+        Entry(("out.bias",), (f"{out}.bias",), SAME),
     )
     return {
         "norm": NORM,
         **TABLES,
         "self-attention": (
-            Row(("query.weight", "key_value.weight"), (f"{qkv}.weight",), BY_GROUP, "rows"),
-            Row(("query.bias", "key_value.bias"), (f"{qkv}.bias",), BY_GROUP, "rows"),
+            Entry(("query.weight", "key_value.weight"), (f"{qkv}.weight",), BY_GROUP, "rows"),
+            Entry(("query.bias", "key_value.bias"), (f"{qkv}.bias",), BY_GROUP, "rows"),
             *out_rows,
         ),
         "cross-attention": (
-            Row(("query.weight",), (f"{q}.weight",), matrix(1), "rows"),
-            Row(("query.bias",), (f"{q}.bias",), FLAT, "rows"),
-            Row(("key_value.weight",), (f"{kv}.weight",), BY_HEAD, "rows"),
-            Row(("key_value.bias",), (f"{kv}.bias",), BY_HEAD, "rows"),
+            Entry(("query.weight",), (f"{q}.weight",), matrix(1), "rows"),
+            Entry(("query.bias",), (f"{q}.bias",), FLAT, "rows"),
+            Entry(("key_value.weight",), (f"{kv}.weight",), BY_HEAD, "rows"),
+            Entry(("key_value.bias",), (f"{kv}.bias",), BY_HEAD, "rows"),
             *out_rows,
         ),
         "feed-forward": (
-            Row(("up.weight",), (f"{up}.weight",), matrix(1), "rows of halves"),
-            Row(("up.bias",), (f"{up}.bias",), FLAT, "rows of halves"),
-            Row(("down.weight",), (f"{down}.weight",), matrix(1), "columns"),
-            Row(("down.bias",), (f"{down}.bias",), SAME),
+            Entry(("up.weight",), (f"{up}.weight",), matrix(1), "rows of halves"),
+            Entry(("up.bias",), (f"{up}.bias",), FLAT, "rows of halves"),
+            Entry(("down.weight",), (f"{down}.weight",), matrix(1), "columns"),
+            Entry(("down.bias",), (f"{down}.bias",), SAME),
         ),
     }
 
@@ -73,7 +74,7 @@ _CORE = {
 _NOT_WEIGHTS = (r".*\._extra_state.*", r".*rotary_pos_emb\.inv_freq", r"(optimizer|opt_param_scheduler|rng_state|rerun_state).*")
 
 CORE = Format(
-    "megatron-core",
+    MEGATRON_CORE,
     _CORE,
     _rows(qkv="linear_qkv", q="linear_q", kv="linear_kv", out="linear_proj", up="linear_fc1", down="linear_fc2"),
     _NOT_WEIGHTS,
@@ -81,7 +82,7 @@ CORE = Format(
 
 # Transformer Engine fuses a norm with the linear layer behind it, but for the norm that the encoder's first layer wraps.
 TRANSFORMER_ENGINE = Format(
-    "megatron-te",
+    MEGATRON_TE,
     {
         **_CORE,
         "decoder.norm_attention": "decoder.layers.{layer}.self_attention.linear_qkv.layer_norm_",
@@ -89,14 +90,14 @@ TRANSFORMER_ENGINE = Format(
         "encoder.norm_attention": _ENCODER + "self_attention.linear_qkv.layer_norm_",
         "encoder.norm_ffn": _ENCODER + "mlp.linear_fc1.layer_norm_",
     },
-    CORE.rows,
+    CORE.tables,
     _NOT_WEIGHTS,
 )
 
 _LAYER = "language_model.encoder.layers.{layer}."
 _RETRIEVER = "language_model.encoder.layers.{first}.retriever.layers.{layer}."
 LEGACY = Format(
-    "megatron-legacy",
+    MEGATRON_LEGACY,
     {
         "model.embedding": "language_model.embedding.word_embeddings.",
         "model.position": "language_model.embedding.position_embeddings.",

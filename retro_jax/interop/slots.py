@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ def slots(config: ModelConfig) -> dict[str, Slot]:
     return dict(sorted(found.items(), key=lambda item: _order(item[0])))
 
 
+@functools.lru_cache(maxsize=8)  # to trace a large model takes seconds, and every table asks for its shapes
 def form_of(config: ModelConfig) -> ModelForm:
     """The form of the model, all of it trained."""
     return model_form(config, lambda path: True)

@@ -12,7 +12,8 @@ import numpy as np
 from retro_jax.config import ModelConfig
 from retro_jax.data.batch import Batch
 from retro_jax.errors import UserError
-from retro_jax.interop.checkpoints import HUGGINGFACE, MEGATRON, Opened, open_checkpoint
+from retro_jax.interop import HUGGINGFACE
+from retro_jax.interop.checkpoints import MEGATRON, Opened, open_checkpoint
 from retro_jax.interop.files import Source
 from retro_jax.interop.megatron import as_stored
 from retro_jax.interop.slots import form_of, slots, stacked
