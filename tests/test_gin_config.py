@@ -98,7 +98,7 @@ def test_one_chunk_config_stands_in_both_places(write: Write) -> None:
 def test_gin_keeps_no_state_and_classes_stay_plain(write: Write) -> None:
     load_config([write("ModelConfig.width = 96\n")], ["TrainConfig.steps=7"])
     assert gin.config_str() == "" and gin.operative_config_str() == "" and not gin.config_is_locked()
-    assert ModelConfig().width == 768 and ModelConfig.__module__ == "retro_jax.config"
+    assert ModelConfig().width == 768 and ModelConfig.__module__ == "retro_jax.config.model"
 
 
 @pytest.mark.parametrize(

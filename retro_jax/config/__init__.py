@@ -1,0 +1,39 @@
+"""Every setting of a run: frozen, keyword-only dataclasses that check themselves.
+
+Arrays carry their dims in their names, with these letters throughout the project:
+
+    B batch          T tokens of a row     L chunks of a row    C tokens of a chunk (m in the papers)
+    K neighbours     R retrieved length    D width              N query heads
+    G key/value heads   H head width       F feed-forward width V vocabulary
+
+No class name occurs twice in the tree under :class:`Config`, so ``Class.field`` names a setting; the one
+object that stands in two places, :class:`ChunkConfig`, must be equal in both.
+"""
+
+from retro_jax.config.data import SPLITS, ChunkConfig, CorpusConfig, DataConfig, RetrievalConfig, Split, TokenizerConfig
+from retro_jax.config.model import Activation, EncoderConfig, Implementation, ModelConfig, Norm, Positions, RetroConfig
+from retro_jax.config.run import Config, resolved
+from retro_jax.config.training import Baseline, EvalConfig, OptimizerConfig, TrainConfig
+
+__all__ = [
+    "SPLITS",
+    "Activation",
+    "Baseline",
+    "ChunkConfig",
+    "Config",
+    "CorpusConfig",
+    "DataConfig",
+    "EncoderConfig",
+    "EvalConfig",
+    "Implementation",
+    "ModelConfig",
+    "Norm",
+    "OptimizerConfig",
+    "Positions",
+    "RetrievalConfig",
+    "RetroConfig",
+    "Split",
+    "TokenizerConfig",
+    "TrainConfig",
+    "resolved",
+]

@@ -1,0 +1,75 @@
+"""All settings of a run, and how they must agree."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+
+from retro_jax.config.checks import check
+from retro_jax.config.data import ChunkConfig, CorpusConfig, DataConfig, RetrievalConfig, TokenizerConfig
+from retro_jax.config.model import ModelConfig
+from retro_jax.config.training import EvalConfig, OptimizerConfig, TrainConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run. ``data_dir`` holds the data artefacts; None: ``<workdir>/data``."""
+
+    data_dir: str | None = None
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    tokenizer: TokenizerConfig = field(default_factory=TokenizerConfig)
+    chunks: ChunkConfig = field(default_factory=ChunkConfig)
+    retrieval: RetrievalConfig = field(default_factory=RetrievalConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    training: TrainConfig = field(default_factory=TrainConfig)
+    evaluation: EvalConfig = field(default_factory=EvalConfig)
+
+    def __post_init__(self) -> None:
+        m = self.chunks.chunk_len
+        if self.model.retro is not None:
+            check(
+                self.model.retro.chunks == self.chunks,
+                f"Config.chunks={self.chunks} and RetroConfig.chunks={self.model.retro.chunks} differ; "
+                "give both the same ChunkConfig",
+            )
+        for name, value in (
+            ("DataConfig.seq_len", self.data.seq_len),
+            ("EvalConfig.window", self.evaluation.window),
+            ("EvalConfig.stride", self.evaluation.stride),
+        ):
+            nearest = max(1, round(value / m)) * m
+            check(value % m == 0, f"{name}={value} is not a multiple of ChunkConfig.chunk_len={m}; use {nearest}")
+        sources = range(len(self.corpus.sources))
+        check(
+            all(number in sources for number in self.data.neighbour_sources or ()),
+            f"DataConfig.neighbour_sources={self.data.neighbour_sources} are not all in 0 to {len(sources) - 1}, the numbers of "
+            "CorpusConfig.sources",
+        )
+        check(
+            self.chunks.num_neighbours <= self.retrieval.saved,
+            f"ChunkConfig.num_neighbours={self.chunks.num_neighbours} is above RetrievalConfig.saved={self.retrieval.saved}; "
+            "save at least as many",
+        )
+        check(
+            self.evaluation.overlap_neighbours <= self.retrieval.saved,
+            f"EvalConfig.overlap_neighbours={self.evaluation.overlap_neighbours} is above "
+            f"RetrievalConfig.saved={self.retrieval.saved}; save at least as many",
+        )
+        check(
+            self.data.batch_size % self.training.accumulate == 0,
+            f"DataConfig.batch_size={self.data.batch_size} is not a multiple of "
+            f"TrainConfig.accumulate={self.training.accumulate}; change one of them",
+        )
+        if self.model.positions == "learned":
+            longest = max(self.data.seq_len, self.evaluation.window)
+            check(
+                self.model.max_positions >= longest,
+                f"ModelConfig.max_positions={self.model.max_positions} is below the longest row, {longest}; raise it",
+            )
+
+
+def resolved(config: object) -> dict:
+    """The config as nested plain values (JSON), every default written out."""
+    return dataclasses.asdict(config)  # type: ignore[call-overload]
