@@ -6,7 +6,7 @@ every chunk; the rival is spared that, and reads ids from the same array.) Both 
 before anything is timed. One process, interleaved rounds, random tokens; also the share of time that a training step would wait
 for its batch when batches are read ahead.
 
-    python benchmarks/input_pipeline.py [--chunks 400000] [--rounds 15]
+    python -m benchmarks.input_pipeline [--chunks 400000] [--rounds 15]
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """What retrieval gives, over several seeds: one config trained once a seed on the same data, and the spread of its results.
 
-    python benchmarks/seeds.py --config quickstart --seeds 0 1 2 --output benchmarks/results/quickstart.json
+    python -m benchmarks.seeds --config quickstart --seeds 0 1 2 --output benchmarks/results/quickstart.json
 
-With ``--equal-time`` the GPT is also trained for as many seconds as the Retro took, on as many more rows. Run again to continue:
-each run is resumed, or skipped where it is done.
+With ``--equal-time`` the GPT is also trained for as long as the Retro, on as many more rows: as many steps more as its step is
+shorter, measured first, side by side. Run again to continue: each run is resumed, or skipped where it is done.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from benchmarks.step_time import step_ratio
 from retro_jax.evaluation.perplexity import evaluate_perplexity
 from retro_jax.gin_config import load_config
 from retro_jax.host_memory import keep_freed_memory
+from retro_jax.model import with_vocab
 from retro_jax.prepare import prepare
 from retro_jax.training.trained import load_trained
+from retro_jax.training.twins import gpt_twin
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 EQUAL_TIME = "gpt_equal_time"
@@ -37,16 +40,18 @@ def main() -> int:
         "--set", action="append", default=[], dest="overrides", metavar="CLASS.FIELD=VALUE", help="as for train.py"
     )
     parser.add_argument("--workdir", type=Path, default=Path("runs/seeds"), help="holds the data and one workdir a seed")
-    parser.add_argument("--equal-time", action="store_true", help="also train the GPT as long as the Retro, in seconds")
+    parser.add_argument("--equal-time", action="store_true", help="also train the GPT for as long as the Retro")
     parser.add_argument("--corpus", default="", help="what the corpus is and where it comes from, for the record")
     parser.add_argument("--output", type=Path, required=True, help="the JSON file to write")
     arguments = parser.parse_args()
     keep_freed_memory()
-    runs = [_run(arguments, seed) for seed in arguments.seeds]
+    ratio = _step_ratio(arguments) if arguments.equal_time else None
+    runs = [_run(arguments, seed, ratio) for seed in arguments.seeds]
     report = {
-        "command": shlex.join([Path(sys.executable).name, *sys.argv]),
+        "command": shlex.join(["python", "-m", "benchmarks.seeds", *sys.argv[1:]]),
         **({"corpus": arguments.corpus} if arguments.corpus else {}),
         "seeds": arguments.seeds,
+        **({} if ratio is None else {"step_time_retro_over_gpt": ratio}),
         "summary": _summary(runs),
         "runs": runs,
     }
@@ -56,7 +61,7 @@ def main() -> int:
     return 0
 
 
-def _run(arguments: argparse.Namespace, seed: int) -> dict:
+def _run(arguments: argparse.Namespace, seed: int, ratio: float | None) -> dict:
     """The result of one seed; with its seconds of training by model."""
     workdir = arguments.workdir / f"seed{seed}"
     overrides = [
@@ -68,8 +73,8 @@ def _run(arguments: argparse.Namespace, seed: int) -> dict:
     _train(arguments.config, workdir, overrides)
     seconds = _last_timings(workdir, "seconds")
     run: dict = {"seed": seed, "training_seconds": {name: round(value, 1) for name, value in seconds.items()}}
-    if arguments.equal_time:
-        steps = round(_last_timings(workdir, "step")["retro"] * seconds["retro"] / seconds["gpt"])
+    if ratio is not None:
+        steps = round(_last_timings(workdir, "step")["retro"] * ratio)
         longer = _changed(overrides, "ModelConfig.retro=None", "TrainConfig.baselines=()", f"TrainConfig.steps={steps}")
         longer_workdir = arguments.workdir / f"seed{seed}-equal-time"
         _train(arguments.config, longer_workdir, longer)
@@ -78,6 +83,18 @@ def _run(arguments: argparse.Namespace, seed: int) -> dict:
     (path,) = (workdir / "evaluation").glob("perplexity-*.json")
     result = json.loads(path.read_text())
     return run | {name: result[name] for name in KEPT}
+
+
+def _step_ratio(arguments: argparse.Namespace) -> float:
+    """Measured once, and kept for the runs to come."""
+    path = arguments.workdir / "step_ratio.json"
+    if not path.exists():
+        config = load_config([arguments.config], arguments.overrides)
+        model = with_vocab(config.model, config.tokenizer.vocab_size)
+        ratio = step_ratio(model, gpt_twin(model), rows=config.data.batch_size, length=config.data.seq_len)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(round(ratio, 3)) + "\n")
+    return json.loads(path.read_text())
 
 
 def _changed(overrides: list[str], *changes: str) -> list[str]:

@@ -8,7 +8,7 @@ Retro and RETRO-pytorch, do about 1,230 tokens a second on 2 cores (measured els
 Rounds of Retro, GPT and a matrix product alternate in one process. Beside wall time stands the process's CPU time, which other
 programs on the machine disturb less. The result is checked against the reference implementation before anything is timed.
 
-    python benchmarks/train_step.py [--rounds 15] [--steps 2]
+    python -m benchmarks.train_step [--rounds 15] [--steps 2]
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import dataclasses
 import json
 import os
 import platform
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,14 +26,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from retro_jax.config import ChunkConfig, EncoderConfig, ModelConfig, OptimizerConfig, RetroConfig, TrainConfig
+from benchmarks.step_time import Timed, interleave, random_rows, stepper
+from retro_jax.config import ChunkConfig, EncoderConfig, ModelConfig, RetroConfig, TrainConfig
 from retro_jax.data.batch import Batch
 from retro_jax.host_memory import keep_freed_memory
 from retro_jax.model import Retro, count_parameters
 from retro_jax.training.flops import train_flops
-from retro_jax.training.optimizer import is_trained, make_optimizer
-from retro_jax.training.state import initial_state, model_form
-from retro_jax.training.step import make_train_step
 
 CHUNKS = ChunkConfig(chunk_len=64, num_neighbours=2, retrieved_len=128)
 RETRO = ModelConfig(
@@ -59,22 +56,8 @@ class Ceiling(NamedTuple):
     cpu: np.ndarray
 
 
-class Timed:
-    """Wall and CPU seconds of one call, round after round."""
-
-    def __init__(self, call: Callable[[], Any], calls: int) -> None:
-        self.call, self.calls, self.wall, self.cpu = call, calls, [], []  # type: ignore[var-annotated]
-
-    def round(self) -> None:
-        wall, cpu = time.perf_counter(), time.process_time()
-        for _ in range(self.calls):
-            result = self.call()
-        jax.block_until_ready(result)
-        self.wall.append((time.perf_counter() - wall) / self.calls)
-        self.cpu.append((time.process_time() - cpu) / self.calls)
-
-
 def main() -> None:
+    """Check, time, write and print."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--rounds", type=int, default=15)
     arguments.add_argument("--steps", type=int, default=2, help="training steps a round")
@@ -82,16 +65,12 @@ def main() -> None:
     given = arguments.parse_args()
 
     kept = keep_freed_memory()
-    batch = random_rows()
+    batch, train = random_rows(RETRO, ROWS, LENGTH), TrainConfig(precision="float32")
     check(batch)
-    sides = {"retro": Timed(stepper(RETRO, batch), given.steps), "gpt": Timed(stepper(GPT, batch), given.steps)}
+    models = {"retro": RETRO, "gpt": GPT}
+    sides = {name: Timed(stepper(config, batch, train), given.steps) for name, config in models.items()}
     sides["matmul"] = Timed(product(), 10)
-    for side in sides.values():
-        side.round()  # compiles
-        side.wall.clear(), side.cpu.clear()
-    for _ in range(given.rounds):
-        for side in sides.values():
-            side.round()
+    interleave(sides, given.rounds)
 
     ceiling = Ceiling(2 * MATRIX**3 / np.array(sides["matmul"].wall), 2 * MATRIX**3 / np.array(sides["matmul"].cpu))
     result = {
@@ -102,7 +81,7 @@ def main() -> None:
         "rounds": given.rounds,
         "parameters": {"retro": count_parameters(RETRO), "gpt": count_parameters(GPT)},
         "matmul_gflops": {"wall": spread(ceiling.wall / 1e9), "per_cpu_second": spread(ceiling.cpu / 1e9)},
-        **{name: figures(config, sides[name], ceiling) for name, config in (("retro", RETRO), ("gpt", GPT))},
+        **{name: figures(config, sides[name], ceiling) for name, config in models.items()},
         "retro_over_gpt": {
             "wall": spread(np.array(sides["retro"].wall) / np.array(sides["gpt"].wall)),
             "cpu": spread(np.array(sides["retro"].cpu) / np.array(sides["gpt"].cpu)),
@@ -126,22 +105,6 @@ def main() -> None:
     )
 
 
-def stepper(config: ModelConfig, batch: Batch) -> Callable[[], Any]:
-    """One training step at each call, the state donated, as in training."""
-    train = TrainConfig(precision="float32")
-    form = model_form(config, is_trained(config))
-    optimizer = make_optimizer(OptimizerConfig(), 1000, form.trained)
-    step = jax.jit(make_train_step(form, optimizer, train), donate_argnums=0)
-    carried = [initial_state(form, optimizer, 0)]
-    on_device = jax.device_put(batch)
-
-    def call() -> Any:
-        carried[0], metrics = step(carried[0], on_device)
-        return metrics
-
-    return call
-
-
 def product() -> Callable[[], Any]:
     """A square float32 matrix product."""
     a, b = (jax.random.normal(jax.random.key(i), (MATRIX, MATRIX), jnp.float32) for i in range(2))
@@ -159,28 +122,14 @@ def check(batch: Batch) -> None:
     np.testing.assert_allclose(*hidden, atol=1e-4)
 
 
-def random_rows() -> Batch:
-    random = np.random.default_rng(0)
-    L = LENGTH // CHUNKS.chunk_len
-    shape = (ROWS, L, CHUNKS.num_neighbours, CHUNKS.retrieved_len)
-    tokens, targets = (random.integers(0, 8192, (ROWS, LENGTH), np.int32) for _ in range(2))
-    return Batch(
-        tokens=tokens,
-        targets=targets,
-        segments=np.ones((ROWS, LENGTH), np.int32),
-        positions=np.tile(np.arange(LENGTH, dtype=np.int32), (ROWS, 1)),
-        loss_mask=np.ones((ROWS, LENGTH), np.float32),
-        neighbours=random.integers(0, 8192, shape, np.int32),
-        neighbour_mask=np.ones(shape, bool),
-    )
-
-
 def flops(config: ModelConfig) -> float:
+    """Floating-point operations of one step."""
     neighbours = 0 if config.retro is None else CHUNKS.num_neighbours
     return train_flops(config, rows=ROWS, seq_len=LENGTH, neighbours=neighbours)
 
 
 def figures(config: ModelConfig, side: Timed, ceiling: Ceiling) -> dict:
+    """Speed of one side, and its share of the matrix product's in the same round."""
     wall, cpu = np.array(side.wall), np.array(side.cpu)
     done = flops(config)
     return {
