@@ -38,7 +38,7 @@ def execute(run: Run, arguments: argparse.Namespace) -> None:
     from retro_jax.evaluation.report import print_report
     from retro_jax.host_memory import keep_freed_memory
     from retro_jax.prepare import prepare
-    from retro_jax.training.train import train_all
+    from retro_jax.training.train import check_start, train_all
     from retro_jax.training.trained import load_trained
 
     if arguments.dry_run:
@@ -46,6 +46,7 @@ def execute(run: Run, arguments: argparse.Namespace) -> None:
         return
     refuse_other_config(run)
     keep_freed_memory()
+    check_start(run.config, run.workdir)
     prepared = prepare(run.config, run.data_dir)
     store_config(run)
     print(config_text(run.config))

@@ -13,7 +13,7 @@ object that stands in two places, :class:`ChunkConfig`, must be equal in both.
 from retro_jax.config.data import SPLITS, ChunkConfig, CorpusConfig, DataConfig, RetrievalConfig, Split, TokenizerConfig
 from retro_jax.config.model import Activation, EncoderConfig, Implementation, ModelConfig, Norm, Positions, RetroConfig
 from retro_jax.config.run import Config, resolved
-from retro_jax.config.training import Baseline, EvalConfig, OptimizerConfig, TrainConfig
+from retro_jax.config.training import Baseline, EvalConfig, OptimizerConfig, TrainConfig, Trained
 
 __all__ = [
     "SPLITS",
@@ -35,5 +35,6 @@ __all__ = [
     "Split",
     "TokenizerConfig",
     "TrainConfig",
+    "Trained",
     "resolved",
 ]

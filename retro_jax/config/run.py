@@ -62,6 +62,12 @@ class Config:
             f"DataConfig.batch_size={self.data.batch_size} is not a multiple of "
             f"TrainConfig.accumulate={self.training.accumulate}; change one of them",
         )
+        if self.training.trained == "retrieval":
+            check(
+                self.model.retro is not None and self.model.retro.gate != 0.0,
+                "TrainConfig.trained='retrieval' trains nothing of a model without retrieval; set ModelConfig.retro and a gate, "
+                "or trained='all'",
+            )
         if self.model.positions == "learned":
             longest = max(self.data.seq_len, self.evaluation.window)
             check(

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 from retro_jax.config.checks import check, check_choice, check_fraction, check_positive
 
 Baseline = Literal["gpt", "gpt_matched"]
+Trained = Literal["all", "retrieval"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +45,22 @@ class TrainConfig:
     """How long and with what care to train. ``baselines`` are trained after the model on identical rows: "gpt" is the model
     without retrieval, "gpt_matched" the same with a wider feed-forward until it has as many parameters as the Retro.
     ``precision`` "auto": bfloat16 compute on accelerators, float32 on CPU; master weights are float32.
-    ``loss_chunk`` tokens' logits exist at a time. ``keep`` latest checkpoints are kept, and the best by validation loss."""
+    ``loss_chunk`` tokens' logits exist at a time. ``keep`` latest checkpoints are kept, and the best by validation loss.
+
+    ``start_from``: the first step takes its parameters from this checkpoint: a trained model's folder
+    (``runs/<config>/models/<name>``, or one step of it, ``.../checkpoints/<step>``), or a folder in the format "retro" or
+    "huggingface" of ``python -m retro_jax convert``. Where it is a GPT and the model a Retro, ``new_parts`` says how chunked
+    cross-attention and encoder start: "no_op" adds exactly 0 at first (the output projection is 0, or a learned gate),
+    "initialised" starts as without a checkpoint (InstructRetro). ``trained`` "retrieval" trains these parts alone.
+    """
 
     steps: int = 1000
     baselines: tuple[Baseline, ...] = ()
     accumulate: int = 1
     seed: int = 0
+    start_from: str | None = None
+    new_parts: Literal["no_op", "initialised"] = "no_op"
+    trained: Trained = "all"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     loss_chunk: int = 2048
     log_every: int = 10
@@ -61,6 +72,22 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_positive(self, "steps", "accumulate", "loss_chunk", "log_every", "checkpoint_every", "keep")
         check_choice(self, "precision", ("auto", "float32", "bfloat16"))
+        check_choice(self, "new_parts", ("no_op", "initialised"))
+        check_choice(self, "trained", get_args(Trained))
+        if self.start_from is None:
+            check(
+                self.trained == "all",
+                "TrainConfig.trained='retrieval' freezes an untrained decoder; set start_from",
+            )
+        else:
+            check(
+                "gpt_matched" not in self.baselines,
+                "TrainConfig.baselines names 'gpt_matched', whose feed-forward is wider than that of start_from; leave it out",
+            )
+        check(
+            self.trained == "all" or not self.baselines,
+            "TrainConfig.baselines have no retrieval, so trained='retrieval' leaves nothing of them to train; set baselines=()",
+        )
         for baseline in self.baselines:
             check(
                 baseline in get_args(Baseline),

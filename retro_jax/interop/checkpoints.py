@@ -26,7 +26,7 @@ from retro_jax.interop.slots import slots, take
 from retro_jax.progress import progress_bar
 
 MEGATRON = {format_.name: format_ for format_ in (CORE, TRANSFORMER_ENGINE, LEGACY)}
-CONFIG_FILE, RANK_FOLDER = "config.json", "mp_rank_{:02d}"
+CONFIG_FILE, RANK_FOLDER, OURS_TYPE = "config.json", "mp_rank_{:02d}", "retro_jax"
 # Megatron pads vocabularies to a multiple of this times the tensor-parallel size.
 MEGATRON_VOCAB_MULTIPLE = 128
 
@@ -71,6 +71,22 @@ def open_checkpoint(kind: str, path: Path, config: ModelConfig | None, *, pickle
     return _opened(_tensors(path, pickles), OURS, config)
 
 
+def kind_of(path: Path) -> str:
+    """The format of a checkpoint that says itself what it is: a run's, ours, or Hugging Face's.
+
+    Raises:
+        UserError: it is none of these.
+    """
+    if (path / "checkpoints").is_dir():
+        return RUN
+    kind = _settings(path).get("model_type")
+    if kind in MEGATRON:
+        raise UserError(
+            f"{path} is a checkpoint of {kind}; make it ours first: python -m retro_jax convert --from {kind} --to {RETRO}"
+        )
+    return RETRO if kind == OURS_TYPE else HUGGINGFACE
+
+
 def write_checkpoint(
     kind: str, folder: Path, opened: Opened, *, dtype: np.dtype | None = None, ranks: int = 1, shard_bytes: int | None = None
 ) -> list[Entry]:
@@ -85,7 +101,7 @@ def write_checkpoint(
         written = Written.of(opened.source, format_of(settings), config, dtype=dtype)
         settings["dtype"] = str(next(iter(written.facts.values())).dtype)
     elif kind == RETRO:
-        settings = {"model_type": "retro_jax", "model": resolved(config)}
+        settings = {"model_type": OURS_TYPE, "model": resolved(config)}
         written = Written.of(opened.source, OURS, config, dtype=dtype)
     else:
         refuse_for_megatron(config, MEGATRON[kind])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,18 +57,26 @@ def take(arrays: Mapping[Path, Any], slot: Slot) -> np.ndarray:
 def stacked(config: ModelConfig, named: Mapping[str, np.ndarray]) -> Tree:
     """The state's nested dict from values by name; every name must be there."""
     tree: Tree = {}
-    of_path: dict[Path, list[tuple[int | None, np.ndarray]]] = {}
-    for name, slot in slots(config).items():
-        of_path.setdefault(slot.path, []).append((slot.row, named[name]))
-    for path, rows in of_path.items():
+    for path, names in names_by_path(config).items():
         place = tree
         for part in path[:-1]:
             place = place.setdefault(part, {})
-        if rows[0][0] is None:
-            place[path[-1]] = rows[0][1]
-        else:
-            place[path[-1]] = np.stack([values for _, values in sorted(rows, key=lambda row: row[0] or 0)])
+        place[path[-1]] = one_array(config, [named[name] for name in names], path)
     return tree
+
+
+def names_by_path(config: ModelConfig) -> dict[Path, list[str]]:
+    """For each array of the state the names of what lies in it, row by row."""
+    found: dict[Path, list[str]] = {}
+    for name, slot in sorted(slots(config).items(), key=lambda item: item[1].row or 0):
+        found.setdefault(slot.path, []).append(name)
+    return found
+
+
+def one_array(config: ModelConfig, values: Sequence[np.ndarray], path: Path) -> np.ndarray:
+    """The state's array from the values of its names: stacked, where layers are."""
+    stack = len(form_of(config).facts[path].shape) > values[0].ndim
+    return np.stack(values) if stack else values[0]
 
 
 def _order(name: str) -> tuple[int, int]:

@@ -23,6 +23,7 @@ from retro_jax.training.interrupt import StopRequest, stop_requests
 from retro_jax.training.metrics import MetricLog, Totals
 from retro_jax.training.optimizer import is_trained, learning_rate, make_optimizer
 from retro_jax.training.resume import refuse_other_data, say_what_changed
+from retro_jax.training.start import from_checkpoint
 from retro_jax.training.state import abstract_state, initial_state, model_form
 from retro_jax.training.step import StepMetrics, TrainStep, compute_dtype, make_train_step, make_valid_step
 
@@ -107,7 +108,7 @@ class _Loop:
     ) -> None:
         self.job, self.config, self.checkpoints = job, job.config.training, checkpoints
         self.batches, self.valid_batches = batches, valid_batches
-        self.form = model_form(job.model, is_trained(job.model))
+        self.form = model_form(job.model, is_trained(job.model, self.config.trained))
         self.optimizer = make_optimizer(job.config.optimizer, self.config.steps, self.form.trained)
         self.rate = learning_rate(job.config.optimizer, self.config.steps)
         self.valid_step = jax.jit(make_valid_step(self.form, self.config))
@@ -121,6 +122,9 @@ class _Loop:
         self.done = latest
         if latest == 0:
             self.state = initial_state(self.form, self.optimizer, self.config.seed)
+            if self.config.start_from is not None:
+                self.state = from_checkpoint(self.state, self.form, self.config)
+                print(f"{self.job.name}: starts from {self.config.start_from}", flush=True)
             return
         about = self.checkpoints.about(latest)
         path = self.checkpoints.folder / str(latest)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from retro_jax.config import ModelConfig, OptimizerConfig
+from retro_jax.config import ModelConfig, OptimizerConfig, Trained
 from retro_jax.training.state import ParameterFacts, Path
 
 RETRIEVAL_PARTS = frozenset({"cca", "norm_cca", "encoder"})
@@ -61,12 +61,19 @@ def decays(path: Path, fact: ParameterFacts, config: OptimizerConfig) -> bool:
     return config.decay_mask == "all" or (path[-1] != "bias" and len(fact.dims) >= 2)
 
 
-def is_trained(config: ModelConfig) -> Callable[[Path], bool]:
-    """Which parameters the optimizer holds: all that can get a gradient. With gate 0 nothing of the retrieval path is computed,
-    so its parameters have neither decay nor moments."""
+def is_trained(config: ModelConfig, trained: Trained = "all") -> Callable[[Path], bool]:
+    """Which parameters the optimizer holds: all that are to be trained and can get a gradient. With gate 0 nothing of the
+    retrieval path is computed, so its parameters have neither decay nor moments."""
+    if trained == "retrieval":
+        return is_retrieval
     if config.retro is not None and config.retro.gate == 0.0:
-        return lambda path: not RETRIEVAL_PARTS.intersection(path)
+        return lambda path: not is_retrieval(path)
     return lambda path: True
+
+
+def is_retrieval(path: Path) -> bool:
+    """Whether a parameter belongs to chunked cross-attention or the encoder, which a GPT does not have."""
+    return not RETRIEVAL_PARTS.isdisjoint(path)
 
 
 def tree_by_path(tree: Any, values: Mapping[Path, Any]) -> Any:

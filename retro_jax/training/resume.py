@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +55,8 @@ def refuse_other_data(about: About, data: Mapping[str, str], path: Path) -> None
             )
 
 
-def differences(config_class: type, old: dict, new: dict) -> list[tuple[str, Any, Any]]:
-    """Settings that differ, as (Class.field, old, new), in the order of the class; those that do not matter are left out. What
+def differences(config_class: type, old: dict, new: dict, free: Collection[tuple[str, str]] = FREE) -> list[tuple[str, Any, Any]]:
+    """Settings that differ, as (Class.field, old, new), in the order of the class; those that are ``free`` are left out. What
     an older version did not know yet had its default."""
     old, new = json.loads(json.dumps({**resolved(config_class()), **old})), json.loads(json.dumps(new))
     found: list[tuple[str, Any, Any]] = []
@@ -64,7 +64,7 @@ def differences(config_class: type, old: dict, new: dict) -> list[tuple[str, Any
         before, after = old.get(name), new.get(name)
         nested, _ = nested_config(hint)
         if nested is not None and isinstance(before, dict) and isinstance(after, dict):
-            found += differences(nested, before, after)
-        elif before != after and (config_class.__name__, name) not in FREE:
+            found += differences(nested, before, after, free)
+        elif before != after and (config_class.__name__, name) not in free:
             found.append((f"{config_class.__name__}.{name}", before, after))
     return found

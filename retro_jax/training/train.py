@@ -19,7 +19,8 @@ from retro_jax.data.training_rows import describe_rows, training_rows
 from retro_jax.errors import UserError
 from retro_jax.model import count_parameters, with_vocab
 from retro_jax.training.curves import draw_curves
-from retro_jax.training.loop import Job, ValidBatches, fit
+from retro_jax.training.loop import CHECKPOINTS, Job, ValidBatches, fit
+from retro_jax.training.start import open_start, refuse_other_start
 from retro_jax.training.step import compute_dtype
 from retro_jax.training.twins import model_name, twin
 
@@ -49,6 +50,21 @@ def train_all(config: Config, prepared: Prepared, workdir: Path, *, config_text:
         train(config, prepared, model, folders[name], name=name, config_text=config_text)
         draw_curves(workdir)
     return folders
+
+
+def check_start(config: Config, workdir: Path) -> None:
+    """Refuse a ``TrainConfig.start_from`` that a model of the run cannot start from, before work is spent on its data.
+
+    Raises:
+        UserError: it is not there or cannot be read, or the first model that differs, with the settings that it needs.
+    """
+    if config.training.start_from is None:
+        return
+    names = (model_name(config.model), *config.training.baselines)
+    if any(not (workdir / MODELS / name / CHECKPOINTS).is_dir() for name in names):
+        opened = open_start(config.training.start_from)
+        for model in (config.model, *(twin(config.model, name) for name in config.training.baselines)):
+            refuse_other_start(opened, model, config.training.start_from)
 
 
 def model_configs(config: Config, tokenizer_size: int) -> dict[str, ModelConfig]:
