@@ -9,6 +9,7 @@ from retro_jax.config import ModelConfig
 from retro_jax.errors import UserError
 from retro_jax.interop.format import Entry, Format
 from retro_jax.interop.layouts import FLAT, GATE_AND_UP, KEY_AND_VALUE, SAME, SIDE_BY_SIDE, matrix
+from retro_jax.interop.limits import Limit, hindrances
 
 _LAYER = "model.layers.{layer}."
 LLAMA = Format(
@@ -184,45 +185,38 @@ def hugging_face_config(ours: ModelConfig) -> dict[str, Any]:
     """
     if ours.retro is not None:
         raise UserError("Hugging Face has no decoder with chunked cross-attention; export the backbone (ModelConfig.retro=None)")
-    hindrances = {"Llama": _differences(ours, LLAMA_ONLY), "GPT-2": _differences(ours, GPT2_ONLY)}
-    if not hindrances["Llama"]:
+    if not (llama := _wanted(ours, LLAMA_LIMITS)):
         return _theirs_llama(ours)
-    if not hindrances["GPT-2"]:
+    if not (gpt2 := _wanted(ours, GPT2_LIMITS)):
         return _theirs_gpt2(ours)
-    told = "; ".join(f"{form}'s form needs {', '.join(wanted)}" for form, wanted in hindrances.items())
-    raise UserError(f"no decoder of Hugging Face computes this model: {told}")
+    raise UserError(f"no decoder of Hugging Face computes this model: Llama's form needs {llama}; GPT-2's form needs {gpt2}")
 
 
-# What the forms fix: field, and the values that they can compute.
-LLAMA_ONLY: dict[str, tuple[object, ...]] = {
-    "norm": ("rmsnorm",),
-    "positions": ("rotary",),
-    "rotary_fraction": (1.0,),
-    "activation": ("swiglu",),
-    "final_norm": (True,),
-}
-GPT2_ONLY: dict[str, tuple[object, ...]] = {
-    "norm": ("layernorm",),
-    "positions": ("learned",),
-    "activation": ("gelu", "gelu_tanh"),
-    "linear_bias": (True,),
-    "qkv_bias": (None, True),
-    "final_norm": (True,),
-    "tied_embedding": (True,),
-}
+_ALIKE = (Limit("ModelConfig.final_norm", lambda c: c.final_norm, (True,)),)
+# What the forms compute.
+LLAMA_LIMITS = (
+    Limit("ModelConfig.norm", lambda c: c.norm, ("rmsnorm",)),
+    Limit("ModelConfig.positions", lambda c: c.positions, ("rotary",)),
+    Limit("ModelConfig.rotary_fraction", lambda c: c.rotary_fraction, (1.0,)),
+    Limit("ModelConfig.activation", lambda c: c.activation, ("swiglu",)),
+    Limit("ModelConfig.qkv_bias", lambda c: c.qkv_bias, lambda c: (None, True) if c.linear_bias else (None, True, False)),
+    *_ALIKE,
+)
+GPT2_LIMITS = (
+    Limit("ModelConfig.norm", lambda c: c.norm, ("layernorm",)),
+    Limit("ModelConfig.positions", lambda c: c.positions, ("learned",)),
+    Limit("ModelConfig.activation", lambda c: c.activation, ("gelu", "gelu_tanh")),
+    Limit("ModelConfig.linear_bias", lambda c: c.linear_bias, (True,)),
+    Limit("ModelConfig.qkv_bias", lambda c: c.qkv_bias, (None, True)),
+    Limit("ModelConfig.tied_embedding", lambda c: c.tied_embedding, (True,)),
+    Limit("ModelConfig.num_kv_heads", lambda c: c.kv_heads, lambda c: (c.num_heads,)),
+    Limit("ModelConfig.head_dim", lambda c: c.heads_dim, lambda c: (c.width / c.num_heads,)),
+    *_ALIKE,
+)
 
 
-def _differences(ours: ModelConfig, fixed: Mapping[str, tuple[object, ...]]) -> list[str]:
-    told = [
-        f"ModelConfig.{name}={values[0]!r} (not {getattr(ours, name)!r})"
-        for name, values in fixed.items()
-        if getattr(ours, name) not in values
-    ]
-    if fixed is GPT2_ONLY and (ours.kv_heads, ours.heads_dim * ours.num_heads) != (ours.num_heads, ours.width):
-        told.append("as many key/value heads as heads, and heads as wide as the model")
-    if fixed is LLAMA_ONLY and ours.qkv_bias is False and ours.linear_bias:
-        told.append("ModelConfig.qkv_bias=None (not False)")
-    return told
+def _wanted(config: ModelConfig, limits: tuple[Limit, ...]) -> str:
+    return ", ".join(f"{name}={allowed[0]!r} (not {value!r})" for name, value, allowed in hindrances(config, limits))
 
 
 def _theirs_llama(ours: ModelConfig) -> dict[str, Any]:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
 
 from retro_jax.config import ModelConfig
 from retro_jax.errors import UserError
 from retro_jax.interop import MEGATRON_CORE, MEGATRON_LEGACY, MEGATRON_TE
 from retro_jax.interop.format import Entry, Format
 from retro_jax.interop.layouts import BY_GROUP, BY_HEAD, FLAT, GATED_BIAS, GATED_OUT, SAME, matrix
+from retro_jax.interop.limits import Limit, hindrances
 
 NORM = (Entry(("scale",), ("weight",), SAME), Entry(("bias",), ("bias",), SAME))
 TABLES = {
@@ -130,19 +129,37 @@ LEGACY = Format(
 )
 
 
-# What Megatron fixes: where a setting lies, and the values that it can compute.
-LIMITS: dict[str, tuple[Callable[[Any], Any], tuple[object, ...]]] = {
-    "ModelConfig.rotary_scale": (lambda c: c.rotary_scale, (1.0,)),
-    "RetroConfig.cca_positions": (lambda c: c.retro.cca_positions, ("none",)),
-    "RetroConfig.conv_width": (lambda c: c.retro.conv_width, (1,)),
-    "RetroConfig.null_key": (lambda c: c.retro.null_key, (None,)),
-    "EncoderConfig.num_layers": (lambda c: min(c.retro.encoder.num_layers, 1), (1,)),
-    "EncoderConfig.width": (lambda c: c.retro.encoder.width, (None,)),
-    "EncoderConfig.num_heads": (lambda c: c.retro.encoder.num_heads, (None,)),
-    "EncoderConfig.ffn_dim": (lambda c: c.retro.encoder.ffn_dim, (None,)),
-    "EncoderConfig.embedding": (lambda c: c.retro.encoder.embedding, ("shared",)),
-    "EncoderConfig.conditioning": (lambda c: c.retro.encoder.conditioning, ("decoder",)),
-    "EncoderConfig.final_norm": (lambda c: c.retro.encoder.final_norm, (False,)),
+_BOTH = (
+    Limit("ModelConfig.rotary_scale", lambda c: c.rotary_scale, (1.0,)),
+    Limit("ModelConfig.num_kv_heads", lambda c: c.kv_heads, lambda c: (c.kv_heads if c.retro is None else c.num_heads,)),
+    Limit("RetroConfig.cca_positions", lambda c: c.retro.cca_positions, ("none",)),
+    Limit("RetroConfig.conv_width", lambda c: c.retro.conv_width, (1,)),
+    Limit("RetroConfig.null_key", lambda c: c.retro.null_key, (None,)),
+    # A learned gate is folded into the output projection.
+    Limit("RetroConfig.gate", lambda c: c.retro.gate, (1.0, "learned")),
+    Limit("EncoderConfig.num_layers", lambda c: min(c.retro.encoder.num_layers, 1), (1,)),
+    Limit("EncoderConfig.width", lambda c: c.retro.encoder.width, (None,)),
+    Limit("EncoderConfig.num_heads", lambda c: c.retro.encoder.num_heads, (None,)),
+    Limit("EncoderConfig.ffn_dim", lambda c: c.retro.encoder.ffn_dim, (None,)),
+    Limit("EncoderConfig.embedding", lambda c: c.retro.encoder.embedding, ("shared",)),
+    Limit("EncoderConfig.conditioning", lambda c: c.retro.encoder.conditioning, ("decoder",)),
+    Limit("EncoderConfig.final_norm", lambda c: c.retro.encoder.final_norm, (False,)),
+    Limit(
+        "EncoderConfig.positions",
+        lambda c: c.retro.encoder.positions,
+        lambda c: ("learned" if c.positions == "learned" else "none",),
+    ),
+)
+_CORE_ONLY = (Limit("EncoderConfig.cross_residual", lambda c: c.retro.encoder.cross_residual, ("normed",)),)
+_LEGACY_ONLY = (
+    Limit("EncoderConfig.cross_residual", lambda c: c.retro.encoder.cross_residual, ("stream",)),
+    Limit("ModelConfig.qkv_bias", lambda c: c.qkv_bias, lambda c: (None, c.linear_bias)),
+)
+# What Megatron computes.
+LIMITS = {
+    CORE.name: _BOTH + _CORE_ONLY,
+    TRANSFORMER_ENGINE.name: _BOTH + _CORE_ONLY,
+    LEGACY.name: _BOTH + _LEGACY_ONLY,
 }
 
 
@@ -150,33 +167,11 @@ def refuse_for_megatron(config: ModelConfig, target: Format) -> None:
     """Refuse what Megatron's code does not compute.
 
     Raises:
-        UserError: the first setting that hinders it is named.
+        UserError: the settings that hinder it are named.
     """
-    for name, (value_of, values) in LIMITS.items():
-        if config.retro is None and not name.startswith("ModelConfig"):
-            continue
-        if (value := value_of(config)) not in values:
-            raise UserError(f"{target.name} cannot compute {name}={value!r}, only {values[0]!r}")
-    if config.qkv_bias not in (None, config.linear_bias) and target is LEGACY:
-        raise UserError(f"{target.name} cannot compute ModelConfig.qkv_bias={config.qkv_bias!r}, only None")
-    if config.retro is None:
-        return
-    encoder = config.retro.encoder
-    if config.kv_heads != config.num_heads:
-        raise UserError(
-            f"{target.name} cannot compute ModelConfig.num_kv_heads={config.num_kv_heads} with chunked cross-attention, "
-            f"only {config.num_heads}"
-        )
-    wanted = "learned" if config.positions == "learned" else "none"
-    if encoder.positions != wanted:
-        raise UserError(f"{target.name} cannot compute EncoderConfig.positions={encoder.positions!r}, only {wanted!r}")
-    residual = "stream" if target is LEGACY else "normed"
-    if encoder.cross_residual != residual:
-        raise UserError(
-            f"{target.name} cannot compute EncoderConfig.cross_residual={encoder.cross_residual!r}, only {residual!r}"
-        )
-    if config.retro.gate not in (1.0, "learned"):
-        raise UserError(f"{target.name} holds no gate; set RetroConfig.gate to 1.0 or 'learned', not {config.retro.gate}")
+    if found := hindrances(config, LIMITS[target.name]):
+        told = ", ".join(f"{name}={value!r}, only {allowed[0]!r}" for name, value, allowed in found)
+        raise UserError(f"{target.name} cannot compute {told}")
 
 
 def as_stored(config: ModelConfig) -> ModelConfig:
