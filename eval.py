@@ -8,6 +8,7 @@ from retro_jax.errors import UserError
 
 
 def main() -> int:
+    """The command; returns its exit code."""
     parser = argument_parser(
         "python eval.py",
         "Evaluate the trained models of a workdir: loss, perplexity and bits per byte of whole held-out documents, with "
@@ -23,6 +24,7 @@ def main() -> int:
 
 
 def execute(run: Run, arguments: argparse.Namespace) -> None:
+    """Build what data are missing, load the models, evaluate, print and write."""
     if not run.workdir.is_dir():
         raise UserError(f"--workdir {run.workdir} is not there; train first: python train.py --config {arguments.config}")
     # JAX and what else takes seconds to import comes after the arguments are checked.

@@ -17,6 +17,7 @@ from retro_jax.gin_config import config_text
 
 
 def main() -> int:
+    """The command; returns its exit code."""
     parser = argument_parser(
         "python train.py",
         "Train the model of a config and its baselines on data that is built where it is missing, then evaluate all of them.",
@@ -29,6 +30,7 @@ def main() -> int:
 
 
 def execute(run: Run, arguments: argparse.Namespace) -> None:
+    """Data, training, evaluation, and what to try next."""
     if arguments.print_config:
         print(config_text(run.config), end="")
         return
@@ -59,6 +61,7 @@ def execute(run: Run, arguments: argparse.Namespace) -> None:
 
 
 def closing_words(run: Run, arguments: argparse.Namespace) -> str:
+    """Where the results lie, and commands that go on from them."""
     again = same_arguments(run, arguments)
     longer = same_arguments(run, arguments, f"TrainConfig.steps={2 * run.config.training.steps}")
     return f"""

@@ -26,6 +26,7 @@ class Timed:
         self.cpu: list[float] = []
 
     def round(self) -> None:
+        """One more round."""
         wall, cpu = time.perf_counter(), time.process_time()
         for _ in range(self.calls):
             result = self.call()

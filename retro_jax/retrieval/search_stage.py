@@ -31,6 +31,8 @@ class _Searched:
 
 
 def search_all(config: RetrievalConfig, texts: ChunkTexts, index: Artefact, vectors: Artefact, folder: Path) -> Mapping:
+    """Search the neighbours of every chunk of every split, in blocks; writes ``<split>.ids.npy`` and
+    ``<split>.distances.npy`` and returns facts for the manifest."""
     blocks = SplitBlocks(config, texts)
     searched = _Searched(texts, index.path, vectors.path, index.fingerprint)
     blocks.run(folder, _search_block, searched, config.saved, description="neighbours")
