@@ -79,6 +79,10 @@ def kind_of(path: Path) -> str:
     """
     if (path / "checkpoints").is_dir():
         return RUN
+    if not (path / CONFIG_FILE).exists():
+        raise UserError(
+            f"{path} holds neither checkpoints/, as a trained model's folder does, nor {CONFIG_FILE}, as a converted one"
+        )
     kind = _settings(path).get("model_type")
     if kind in MEGATRON:
         raise UserError(

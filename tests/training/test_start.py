@@ -148,6 +148,8 @@ def test_a_checkpoint_that_does_not_fit_is_refused_at_once(tmp_path: Path) -> No
         started(dataclasses.replace(PLAIN, vocab_size=128), folder)
     with pytest.raises(UserError, match=r"start_from='.*nowhere' is not there"):
         check_start(of_run(PLAIN, str(tmp_path / "nowhere")), tmp_path)
+    with pytest.raises(UserError, match=r"holds neither checkpoints/, .* nor config.json"):
+        check_start(of_run(PLAIN, str(tmp_path)), tmp_path)
     (tmp_path / "gpt" / "config.json").write_text('{"model_type": "megatron-core"}')
     with pytest.raises(UserError, match="make it ours first: python -m retro_jax convert --from megatron-core --to retro"):
         check_start(of_run(PLAIN, folder), tmp_path)
