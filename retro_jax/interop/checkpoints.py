@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
-import pickle
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,12 +16,12 @@ from retro_jax.errors import UserError
 from retro_jax.field_types import config_from_plain
 from retro_jax.interop import HUGGINGFACE, RETRO, RUN
 from retro_jax.interop.convert import AsOurs, Written
-from retro_jax.interop.files import SUFFIX, Fact, MemorySource, NpzSource, SafetensorsShards, SafetensorsSource, Source
+from retro_jax.interop.files import SUFFIX, Fact, NpzSource, SafetensorsSource, Source
 from retro_jax.interop.format import OURS, Entry, Format, entries
 from retro_jax.interop.huggingface import format_of, hugging_face_config, model_config
 from retro_jax.interop.megatron import CORE, LEGACY, TRANSFORMER_ENGINE, as_stored, refuse_for_megatron
 from retro_jax.interop.ranks import RanksSource, deal
-from retro_jax.interop.slots import slots, take
+from retro_jax.interop.shards import SafetensorsShards
 from retro_jax.progress import progress_bar
 
 MEGATRON = {format_.name: format_ for format_ in (CORE, TRANSFORMER_ENGINE, LEGACY)}
@@ -33,12 +32,14 @@ MEGATRON_VOCAB_MULTIPLE = 128
 
 @dataclass(frozen=True)
 class Opened:
-    """A checkpoint read under our names, and what is told of it: where each tensor came from, and which were no weights."""
+    """A checkpoint read under our names, and what is told of it: where each tensor came from, and which were no weights.
+    ``check_rest``, called when all is read that is wanted, checks what nobody read."""
 
     config: ModelConfig
     source: Source
     entries: list[Entry]
     skipped: list[str]
+    check_rest: Callable[[], None] = lambda: None
 
 
 def open_checkpoint(kind: str, path: Path, config: ModelConfig | None, *, pickles: bool = False, which: str = "latest") -> Opened:
@@ -97,7 +98,7 @@ def write_checkpoint(
     """Write a checkpoint of any format in ``WRITTEN`` into an empty folder; returns what was written from where.
 
     Raises:
-        UserError: the format cannot hold the model; the message names the setting.
+        UserError: the format cannot hold the model; the message names the setting. Or what is read proves to be broken.
     """
     config, sharding = opened.config, {} if shard_bytes is None else {"shard_bytes": shard_bytes}
     if kind == HUGGINGFACE:
@@ -126,14 +127,14 @@ def write_checkpoint(
             bar.advance()
     for sink in sinks:
         sink.finish()
+    opened.check_rest()
     (folder / CONFIG_FILE).write_text(json.dumps(settings, indent=2) + "\n")
     return written.entries
 
 
 def backbone(opened: Opened) -> Opened:
     """The decoder without chunked cross-attention and encoder: the same model with retrieval off."""
-    config = dataclasses.replace(opened.config, retro=None)
-    return Opened(config, opened.source, opened.entries, opened.skipped)
+    return dataclasses.replace(opened, config=dataclasses.replace(opened.config, retro=None))
 
 
 def _opened(source: Source, theirs: Format, config: ModelConfig) -> Opened:
@@ -142,14 +143,10 @@ def _opened(source: Source, theirs: Format, config: ModelConfig) -> Opened:
 
 
 def _open_run(path: Path, which: str) -> Opened:
-    from flax import nnx
+    from retro_jax.interop.runs import RunSource
 
-    from retro_jax.training.checkpoint import load_model
-
-    model, _ = load_model(path, which)
-    values: dict[Any, Any] = {place: variable[...] for place, variable in nnx.to_flat_state(nnx.state(model, nnx.Param))}
-    named = {name: take(values, slot) for name, slot in slots(model.config).items()}
-    return Opened(model.config, MemorySource(named), entries(model.config, OURS), [])
+    source = RunSource(path, which)
+    return Opened(source.config, source, entries(source.config, OURS), [], source.read_the_rest)
 
 
 def _tensors(path: Path, pickles: bool) -> Source:
@@ -164,32 +161,10 @@ def _tensors(path: Path, pickles: bool) -> Source:
             raise UserError(
                 f"{pickled[0]} is a pickle; allow it to be read (weights only) with --allow-pickle, or give safetensors"
             )
-        return _pickled(pickled)
+        from retro_jax.interop.pickles import PickleSource
+
+        return PickleSource(pickled)
     return SafetensorsSource(path)
-
-
-def _pickled(files: list[Path]) -> Source:
-    """PyTorch's files: of a training checkpoint its "model", else everything."""
-    import torch
-
-    tensors: dict[str, np.ndarray] = {}
-
-    def collect(name: str, value: Any) -> None:
-        if isinstance(value, torch.Tensor):
-            tensors[name] = value.float().numpy() if value.dtype == torch.bfloat16 else value.numpy()
-        elif isinstance(value, dict):
-            for key, inner in value.items():
-                collect(f"{name}.{key}" if name else str(key), inner)
-
-    for file in files:
-        try:
-            with torch.serialization.safe_globals([argparse.Namespace]):  # Megatron keeps its arguments beside the model
-                held = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except (pickle.UnpicklingError, RuntimeError) as error:
-            reason = str(error).splitlines()[0]
-            raise UserError(f"{file} cannot be read as tensors alone ({reason}); save its model as safetensors first") from error
-        collect("", held["model"] if isinstance(held.get("model"), dict) else held)
-    return MemorySource(tensors)
 
 
 def _open_megatron(path: Path, theirs: Format, config: ModelConfig, pickles: bool) -> Opened:

@@ -1,10 +1,13 @@
-"""Named tensors in files: read one at a time, written in shards, so that memory is bounded by a shard and not by a model."""
+"""Named tensors in files, read one at a time, so that memory is bounded by a tensor and not by a model."""
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
+import zipfile
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,15 +16,13 @@ from typing import NamedTuple, Protocol
 import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from retro_jax.errors import UserError
 
-SHARD_BYTES = 2**28
 STEM, SUFFIX = "model", ".safetensors"
 INDEX = f"{STEM}{SUFFIX}.index.json"
 DTYPES = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "I64": np.int64, "I32": np.int32}
-DTYPES |= {"U8": np.uint8, "BOOL": np.bool_}
+DTYPES |= {"I16": np.int16, "I8": np.int8, "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_}
 
 
 class Fact(NamedTuple):
@@ -29,6 +30,11 @@ class Fact(NamedTuple):
 
     shape: tuple[int, ...]
     dtype: np.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Its bytes."""
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 class Source(Protocol):
@@ -69,17 +75,18 @@ class SafetensorsSource:
 
 
 class NpzSource:
-    """A NumPy archive; ``prefix`` is taken off the names, and other arrays are left out."""
+    """A NumPy archive."""
 
-    def __init__(self, path: Path, prefix: str = "") -> None:
-        self._path, self._prefix = path, prefix
-        with np.load(path, allow_pickle=False) as file:
-            names = [name for name in file.files if name.startswith(prefix)]
-            self.facts = {name.removeprefix(prefix): Fact(file[name].shape, file[name].dtype) for name in names}
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.facts: dict[str, Fact] = {}
+        with _archive(path) as archive:
+            for member in archive.namelist():
+                self.facts[member.removesuffix(".npy")] = _header(archive, member)
 
     def read(self, name: str) -> np.ndarray:
-        with np.load(self._path, allow_pickle=False) as file:
-            return file[self._prefix + name]
+        with _archive(self._path) as archive, archive.open(f"{name}.npy") as file:
+            return np.lib.format.read_array(file, allow_pickle=False)
 
 
 class MemorySource:
@@ -91,47 +98,6 @@ class MemorySource:
 
     def read(self, name: str) -> np.ndarray:
         return self._tensors[name]
-
-
-class SafetensorsShards:
-    """Writes tensors, in the order of ``facts``, into shards of at most ``shard_bytes`` (or one tensor), with an index."""
-
-    def __init__(self, folder: Path, facts: Mapping[str, Fact], shard_bytes: int = SHARD_BYTES) -> None:
-        self._folder, self._facts = folder, facts
-        self._shards: list[list[str]] = [[]]
-        filled = 0
-        for name, fact in facts.items():
-            size = _size(fact)
-            if self._shards[-1] and filled + size > shard_bytes:
-                self._shards.append([])
-                filled = 0
-            self._shards[-1].append(name)
-            filled += size
-        self._held: dict[str, np.ndarray] = {}
-        self._number = 0
-
-    def write(self, name: str, tensor: np.ndarray) -> None:
-        """The next tensor; its shard is written when it is whole."""
-        fact = self._facts[name]
-        self._held[name] = np.asarray(tensor, dtype=fact.dtype, order="C").reshape(fact.shape)
-        if list(self._held) == self._shards[self._number]:
-            file = self._folder / self._file(self._number)
-            save_file(self._held, file, metadata={"format": "pt"})
-            file.chmod(0o644)  # it is made for its owner alone
-            self._held = {}
-            self._number += 1
-
-    def finish(self) -> None:
-        """Write the index, where there are several shards."""
-        assert not self._held and self._number == len(self._shards)
-        if len(self._shards) > 1:
-            places = {name: self._file(number) for number, names in enumerate(self._shards) for name in names}
-            total = sum(_size(fact) for fact in self._facts.values())
-            index = {"metadata": {"total_size": total}, "weight_map": places}
-            (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-
-    def _file(self, number: int) -> str:
-        return STEM + (f"-{number + 1:05d}-of-{len(self._shards):05d}" if len(self._shards) > 1 else "") + SUFFIX
 
 
 @contextmanager
@@ -154,6 +120,24 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def _archive(path: Path) -> Iterator[zipfile.ZipFile]:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            yield archive
+    except (zipfile.BadZipFile, zlib.error, EOFError, ValueError) as error:
+        raise UserError(f"{path} cannot be read as a NumPy archive ({error}); it is truncated or corrupted") from error
+
+
+def _header(archive: zipfile.ZipFile, member: str) -> Fact:
+    """Shape and dtype of an array, of which only the header is read."""
+    with archive.open(member) as file:
+        version = np.lib.format.read_magic(file)
+        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, _, dtype = read(file)
+    return Fact(shape, dtype)
+
+
+@contextmanager
 def _opened(path: Path) -> Iterator[safe_open]:
     try:
         with safe_open(path, framework="np") as tensors:
@@ -170,7 +154,3 @@ def _refuse_missing_shards(path: Path, there: set[str]) -> None:
             raise UserError(
                 f"{path} lacks {missing[0]} and {len(missing) - 1} more tensors of its index; {places[missing[0]]} is not whole"
             )
-
-
-def _size(fact: Fact) -> int:
-    return int(np.prod(fact.shape, dtype=np.int64)) * fact.dtype.itemsize

@@ -11,7 +11,7 @@ import errno
 import logging
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,9 +29,12 @@ from retro_jax.errors import UserError
 from retro_jax.field_types import config_from_plain
 from retro_jax.model import Retro
 from retro_jax.training.state import ModelForm, TrainState, digests, model_form, names
+from retro_jax.training.stored_arrays import StoredArrays
 
 PARAMS, OPTIMIZER, BATCHES, ABOUT = "params", "optimizer", "batches", "about"
 LATEST, BEST = "latest", "best"
+# Of a stack of layers larger than this each layer is stored by itself.
+WHOLE_BYTES = 2**20
 OS_ERROR = re.compile(r"os_error_code='(\d+)'")
 
 
@@ -140,7 +143,7 @@ class Checkpoints:
         if about.valid_loss is not None:
             self._valid_losses[about.step] = about.valid_loss
         items = {
-            PARAMS: ocp.args.StandardSave(params),
+            PARAMS: ocp.args.StandardSave(params, {name: _save_args(name, array) for name, array in params.items()}),
             OPTIMIZER: ocp.args.StandardSave(optimizer),
             BATCHES: grain.checkpoint.CheckpointSave(batches),
             ABOUT: ocp.args.JsonSave(facts),
@@ -162,7 +165,7 @@ class Checkpoints:
         try:
             return About(**self._read_about(step))
         except Exception as error:
-            raise self._corrupted(step, error) from error
+            raise self.corrupted(step, error) from error
 
     def restore(self, step: int, abstract: TrainState, batches: grain.DatasetIterator) -> TrainState:
         """The state saved at ``step``; ``batches`` is set to the place where it was.
@@ -174,16 +177,36 @@ class Checkpoints:
             UserError: it belongs to another model, or is corrupted.
         """
         params, optimizer = _items(abstract)
-        self._refuse_other(step, PARAMS, params)
-        self._refuse_other(step, OPTIMIZER, optimizer)
+        self._refuse_other(step, PARAMS, _shapes(params))
+        self._refuse_other(step, OPTIMIZER, _shapes(optimizer))
         found = self._restore(step, {PARAMS: params, OPTIMIZER: optimizer}, batches)
         leaves = [{**found[PARAMS], **found[OPTIMIZER]}[name] for name in _state_names(abstract)]
         return jax.tree.unflatten(jax.tree.structure(abstract), leaves)
 
     def restore_params(self, step: int, abstract: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
         """The parameters saved at ``step``, by name."""
-        self._refuse_other(step, PARAMS, abstract)
+        self._refuse_other(step, PARAMS, _shapes(abstract))
         return self._restore(step, {PARAMS: abstract}, None)[PARAMS]
+
+    def stored_params(self, step: int, shapes: Mapping[str, tuple[int, ...]]) -> StoredArrays:
+        """The parameters saved at ``step``, to be read one by one; they are not checked against their digests.
+
+        Args:
+            shapes: of all parameters of the model, by name.
+
+        Raises:
+            UserError: the checkpoint belongs to another model, or is corrupted.
+        """
+        self._refuse_other(step, PARAMS, shapes)
+        return StoredArrays(self.folder / str(step) / PARAMS)
+
+    def corrupted(self, step: int, error: Exception) -> UserError:
+        """What to tell the user of a checkpoint that cannot be read for this reason."""
+        good = self._last_good(before=step)
+        mend = f"delete it to continue from step {good}, the last good one"
+        if good is None:
+            mend = f"no earlier one is good; delete {self.folder} to train anew"
+        return UserError(f"the checkpoint {self.folder / str(step)} is corrupted ({_first_line(error)}); {mend}")
 
     def _restore(
         self, step: int, items: dict[str, dict], batches: grain.DatasetIterator | None
@@ -195,11 +218,11 @@ class Checkpoints:
         except UserError:
             raise
         except Exception as error:
-            raise self._corrupted(step, error) from error
+            raise self.corrupted(step, error) from error
         for name in items:
             for parameter, value in _digests(restored[name]).items():
                 if int(value) != expected[parameter]:
-                    raise self._corrupted(step, ValueError(f"the numbers of {parameter} have changed"))
+                    raise self.corrupted(step, numbers_have_changed(parameter))
         if batches is not None:
             self._restore_batches(step, batches)
         return {name: restored[name] for name in items}
@@ -211,7 +234,7 @@ class Checkpoints:
         except UserError:
             raise
         except Exception as error:
-            raise self._corrupted(step, error) from error
+            raise self.corrupted(step, error) from error
 
     def _note_valid_loss(self, step: int) -> None:
         try:
@@ -225,18 +248,18 @@ class Checkpoints:
     def _read_about(self, step: int) -> dict:
         return self._manager.restore(step, args=ocp.args.Composite(**{ABOUT: ocp.args.JsonRestore()}))[ABOUT]
 
-    def _refuse_other(self, step: int, item: str, wanted: dict[str, jax.ShapeDtypeStruct]) -> None:
+    def _refuse_other(self, step: int, item: str, wanted: Mapping[str, tuple[int, ...]]) -> None:
         try:
             found = self._manager.item_metadata(step)[item].tree
             shapes = {name: tuple(facts.shape) for name, facts in found.items()}
         except Exception as error:
-            raise self._corrupted(step, error) from error
+            raise self.corrupted(step, error) from error
         for name in [*wanted, *shapes]:
             here, there = wanted.get(name), shapes.get(name)
-            if here is None or there is None or tuple(here.shape) != there:
+            if here is None or here != there:
                 raise UserError(
                     f"the checkpoint {self.folder / str(step)} is of another model: {name} {_has_shape(there)} there and "
-                    f"{_has_shape(None if here is None else here.shape)} in this model; "
+                    f"{_has_shape(here)} in this model; "
                     "use the config that it was trained with, or another --workdir"
                 )
 
@@ -256,24 +279,23 @@ class Checkpoints:
                 f"free some space and run the same command again to continue from {at}"
             ) from error
 
-    def _corrupted(self, step: int, error: Exception) -> UserError:
-        good = self._last_good(before=step)
-        mend = f"delete it to continue from step {good}, the last good one"
-        if good is None:
-            mend = f"no earlier one is good; delete {self.folder} to train anew"
-        return UserError(f"the checkpoint {self.folder / str(step)} is corrupted ({_first_line(error)}); {mend}")
-
     def _last_good(self, before: int) -> int | None:
         for step in reversed([s for s in self.steps if s < before]):
             try:
-                expected = self._read_about(step)["digests"]
-                items = {name: ocp.args.StandardRestore() for name in (PARAMS, OPTIMIZER)}
-                restored = self._manager.restore(step, args=ocp.args.Composite(**items))
-                if all(int(v) == expected[name] for item in items for name, v in _digests(restored[item]).items()):
+                if self._is_good(step):
                     return step
             except Exception as error:
                 logging.getLogger(__name__).info("checkpoint %d is not good either: %s", step, error)
         return None
+
+    def _is_good(self, step: int) -> bool:
+        """Whether every array has its digest; one at a time, for a large model may fit only where it was trained."""
+        expected, metadata = self._read_about(step)["digests"], self._manager.item_metadata(step)
+        for item in (PARAMS, OPTIMIZER):
+            stored = StoredArrays(self.folder / str(step) / item)
+            if any(int(digests([stored.read(name)])[0]) != expected[name] for name in metadata[item].tree):
+                return False
+        return True
 
 
 def load_model(folder: Path, which: str | int = LATEST) -> tuple[Retro, int]:
@@ -286,16 +308,32 @@ def load_model(folder: Path, which: str | int = LATEST) -> tuple[Retro, int]:
     Raises:
         UserError: there is no such checkpoint, or it is corrupted.
     """
+    with opened_checkpoint(folder, which) as (checkpoints, step, config):
+        form = model_form(config, lambda path: True)
+        abstract = abstract_params(form)
+        by_name = checkpoints.restore_params(step, dict(zip(names(abstract), jax.tree.leaves(abstract), strict=True)))
+        params = jax.tree.unflatten(jax.tree.structure(abstract), [by_name[name] for name in names(abstract)])
+    return form.merge(params, {}), step
+
+
+@contextmanager
+def opened_checkpoint(folder: Path, which: str | int) -> Iterator[tuple[Checkpoints, int, ModelConfig]]:
+    """The checkpoints of a model, the step of the one that is meant, and its config; arguments as of :func:`load_model`.
+
+    Raises:
+        UserError: there is no such checkpoint, or it is corrupted.
+    """
     path = Path(folder) / "checkpoints"
     if not path.is_dir():
         raise UserError(f"{path} is not there; train the model first: python train.py with the same config and --workdir")
     with Checkpoints(path, keep=1) as checkpoints:
         step = checkpoints.find(which)
-        form = model_form(config_from_plain(ModelConfig, checkpoints.about(step).model), lambda path: True)
-        abstract = abstract_params(form)
-        by_name = checkpoints.restore_params(step, dict(zip(names(abstract), jax.tree.leaves(abstract), strict=True)))
-        params = jax.tree.unflatten(jax.tree.structure(abstract), [by_name[name] for name in names(abstract)])
-    return form.merge(params, {}), step
+        yield checkpoints, step, config_from_plain(ModelConfig, checkpoints.about(step).model)
+
+
+def numbers_have_changed(name: str) -> ValueError:
+    """Why a checkpoint is corrupted of which an array has another digest than when it was saved."""
+    return ValueError(f"the numbers of {name} have changed")
 
 
 def abstract_params(form: ModelForm) -> Any:
@@ -318,13 +356,22 @@ def _state_names(state: TrainState) -> list[str]:
     return ["step", *names(state.params), *names(state.frozen), *rest]
 
 
+def _save_args(name: str, array: jax.Array) -> ocp.SaveArgs:
+    """Of a large stack of layers each is stored by itself, so that it can be read by itself; all else in one piece."""
+    return ocp.SaveArgs(shard_axes=(0,) if name.startswith("decoder.") and array.nbytes > WHOLE_BYTES else ())
+
+
+def _shapes(arrays: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(array.shape) for name, array in arrays.items()}
+
+
 def _digests(arrays: dict[str, jax.Array]) -> dict[str, jax.Array]:
     ordered = sorted(arrays)
     return dict(zip(ordered, jax.device_get(digests([arrays[name] for name in ordered])), strict=True))
 
 
 def _has_shape(shape: tuple[int, ...] | None) -> str:
-    return "is not" if shape is None else f"has shape {tuple(shape)}"
+    return "is not" if shape is None else f"has shape {shape}"
 
 
 def _first_line(error: Exception) -> str:

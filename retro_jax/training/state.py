@@ -103,13 +103,23 @@ def _key(key: Any) -> str:
 @jax.jit
 def digests(leaves: list[jax.Array]) -> list[jax.Array]:
     """A uint32 of each array that changes when any one of its numbers does: its bits, each times an odd number of its place."""
-    return [_digest(leaf) for leaf in leaves]
+    return [_digest(leaf, jnp.uint32(0)) for leaf in leaves]
 
 
-def _digest(array: jax.Array) -> jax.Array:
+@jax.jit
+def row_digest(row: jax.Array, number: jax.Array) -> jax.Array:
+    """What one row of the leading dim adds to an array's digest: these sums make it up, modulo 2**32.
+
+    Args:
+        number: which row it is, uint32.
+    """
+    return _digest(row, number)
+
+
+def _digest(array: jax.Array, first_place: jax.Array) -> jax.Array:
     unsigned = jnp.dtype(f"uint{8 * array.dtype.itemsize}")
     bits = jax.lax.bitcast_convert_type(array, unsigned).astype(jnp.uint32)
-    place = jnp.zeros(array.shape, jnp.uint32)
+    place = jnp.full(array.shape, first_place)
     for dim in range(array.ndim):
         place = place * jnp.uint32(2_654_435_761) + jax.lax.broadcasted_iota(jnp.uint32, array.shape, dim)
     return jnp.sum(bits * (place * jnp.uint32(2) + jnp.uint32(1)), dtype=jnp.uint32)

@@ -17,7 +17,7 @@ from retro_jax.field_types import config_from_plain
 from retro_jax.training.checkpoint import About, Checkpoints, load_model
 from retro_jax.training.optimizer import is_trained, make_optimizer
 from retro_jax.training.resume import differences
-from retro_jax.training.state import TrainState, abstract_state, digests, initial_state, model_form
+from retro_jax.training.state import TrainState, abstract_state, digests, initial_state, model_form, row_digest
 from tests.training.tiny import run, tiny_batches, tiny_config
 
 CONFIG = tiny_config()
@@ -238,3 +238,10 @@ def test_a_digest_changes_with_every_bit_and_every_exchange() -> None:
     exchanged[0, 0], exchanged[3, 2] = array[3, 2], array[0, 0]
     assert digests([jnp.asarray(exchanged)])[0] != digest
     assert digests([jnp.asarray(array.T.copy().reshape(5, 7))])[0] != digest
+
+
+@pytest.mark.parametrize("shape", [(4, 3, 5), (6,), (1, 2)])
+def test_a_digest_is_the_sum_of_its_rows(shape: tuple[int, ...]) -> None:
+    array = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    rows = [int(row_digest(row, np.uint32(number))) for number, row in enumerate(array)]
+    assert sum(rows) % 2**32 == int(digests([jnp.asarray(array)])[0])
