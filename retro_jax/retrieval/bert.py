@@ -9,7 +9,7 @@ import functools
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self
 
 import numpy as np
 import tokenizers
@@ -19,6 +19,11 @@ from retro_jax.corpus.tokenizer import load_tokenizer_json
 from retro_jax.errors import BadInput, UserError
 from retro_jax.retrieval.bert_folder import CONFIG, TOKENIZER, folder_facts, read_json, weight_files
 from retro_jax.retrieval.chunk_texts import ChunkTexts
+
+if TYPE_CHECKING:
+    import jax
+
+    from retro_jax.model.bert import BertShape
 
 # Rows of a batch hold at most so many tokens: more do not make a CPU faster, and few make one text alone cheap.
 CPU_BATCH_TOKENS, BATCH_TOKENS = 512, 16_384
@@ -129,21 +134,18 @@ class BertEmbedder:
                 yield batch, _padded([texts[number] for number in batch], rows, length)
 
     @functools.cached_property
-    def _run(self) -> _Compiled:
-        return _Compiled(self._folder, self._tokenizer, self._facts["precision"])
+    def _run(self) -> _OnDevice:
+        return _OnDevice(self._folder, self._tokenizer, self._facts["precision"])
 
 
-class _Compiled:
-    """The encoder on the device; compiled for every shape that it is given."""
+class _OnDevice:
+    """The encoder's parameters on the device, and the program that reads them."""
 
     def __init__(self, folder: Path, tokenizer: tokenizers.Tokenizer, precision: str) -> None:
         import jax
-        import jax.numpy as jnp
-        from flax import nnx
 
-        from retro_jax.interop.bert import bert_graph, bert_shape, read_bert
+        from retro_jax.interop.bert import bert_shape, read_bert
         from retro_jax.interop.files import SafetensorsSource
-        from retro_jax.model.bert import mean_states, unit_length
 
         shape = bert_shape(read_json(folder / CONFIG))
         _refuse_other_tokenizer(tokenizer, shape.vocab_size, folder)
@@ -151,20 +153,31 @@ class _Compiled:
         self.parameters = sum(int(value.size) for value in jax.tree.leaves(values))
         self.batch_tokens = CPU_BATCH_TOKENS if jax.default_backend() == "cpu" else BATCH_TOKENS
         self._values = jax.tree.map(lambda value: jax.device_put(value.astype(precision)), values)
-        self._put: Callable[[Any], Any] = jax.device_put
-        graph = bert_graph(shape)
+        self._program = _program(shape)
 
-        @jax.jit
-        def run(values: Any, tokens_BT: jax.Array, mask_BT: jax.Array, counted_BT: jax.Array) -> jax.Array:
-            with jax.default_matmul_precision("highest"):  # float32 is float32 on accelerators too
-                states_BTD = nnx.merge(graph, values)(tokens_BT, mask_BT)
-            return unit_length(mean_states(states_BTD, counted_BT)).astype(jnp.float32)
-
-        self._call = run
-
-    def __call__(self, tokens_BT: np.ndarray, mask_BT: np.ndarray, counted_BT: np.ndarray) -> Any:
+    def __call__(self, tokens_BT: np.ndarray, mask_BT: np.ndarray, counted_BT: np.ndarray) -> jax.Array:
         """Vectors float32 [B, D] on the device, perhaps not computed yet."""
-        return self._call(self._values, *self._put((tokens_BT, mask_BT, counted_BT)))
+        return self._program(self._values, tokens_BT, mask_BT, counted_BT)
+
+
+@functools.lru_cache(maxsize=2)  # of embedders of one shape, so that each shape of batches is compiled once a process
+def _program(shape: BertShape) -> Callable[..., jax.Array]:
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    from retro_jax.interop.bert import bert_graph
+    from retro_jax.model.bert import mean_states, unit_length
+
+    graph = bert_graph(shape)
+
+    def vectors(values: Any, tokens_BT: jax.Array, mask_BT: jax.Array, counted_BT: jax.Array) -> jax.Array:
+        with jax.default_matmul_precision("highest"):  # float32 is float32 on accelerators too
+            states_BTD = nnx.merge(graph, values)(tokens_BT, mask_BT)
+        return unit_length(mean_states(states_BTD, counted_BT)).astype(jnp.float32)
+
+    compiled = jax.jit(vectors)
+    return lambda values, *batch: compiled(values, *jax.device_put(batch))
 
 
 def padded_length(length: int, longest: int) -> int:
