@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from retro_jax.model.bert import BertShape
 
 # Rows of a batch hold at most so many tokens: more do not make a CPU faster, and few make one text alone cheap.
-CPU_BATCH_TOKENS, BATCH_TOKENS = 512, 16_384
+CPU_BATCH_TOKENS, BATCH_TOKENS = 256, 16_384
 # Rows are padded to a multiple of the second up to the first.
 LENGTHS = ((128, 8), (256, 16), (2**31, 32))
 ENCODED_AT_ONCE = 1024

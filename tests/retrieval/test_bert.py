@@ -224,7 +224,7 @@ def test_few_shapes_and_little_padding(bert_dir: Path, monkeypatch: pytest.Monke
         model._run, "_program", lambda values, tokens, *rest: shapes.append(tokens.shape) or call(values, tokens, *rest)
     )
     model.embed(["abc"] * 150 + ["a" * 20])
-    assert shapes == [(64, 8)] * 3 + [(21, 24)]
+    assert shapes == [(32, 8)] * 5 + [(10, 24)]
 
 
 def test_jax_is_imported_where_an_encoder_runs_and_nowhere_else() -> None:
