@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from benchmarks.timing import cpu_name, spread
 from retro_jax.artefact import build_artefact
 from retro_jax.config import SPLITS, ChunkConfig, DataConfig
 from retro_jax.corpus.chunk_table import ChunkTable, build_chunks
@@ -182,18 +183,6 @@ def random_tables(folder: Path, chunks: ChunkConfig, count: int) -> tuple[RowRea
     neighbours = NeighbourTable(folder / "neighbours", "train", table, table, chunks.retrieved_len)
     reader = RowReader(queries=table, database=table, neighbours=neighbours, chunks=chunks)
     return reader, TwoLookUps(table, TokenStore(folder / "tokens" / "0-train").tokens, chunks)
-
-
-def spread(values: np.ndarray) -> dict:
-    """Median and quartiles."""
-    low, median, high = np.quantile(values, [0.25, 0.5, 0.75])
-    return {"median": round(float(median), 2), "quartiles": [round(float(low), 2), round(float(high), 2)]}
-
-
-def cpu_name() -> str:
-    """The processor, as /proc/cpuinfo names it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 if __name__ == "__main__":

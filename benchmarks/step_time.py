@@ -1,48 +1,19 @@
-"""Times training steps side by side: the rounds of all sides alternate in one process, so that a slow minute of the machine
-slows all of them."""
+"""Training steps of random rows, to be timed."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
 
+from benchmarks.timing import Timed, interleave
 from retro_jax.config import ChunkConfig, ModelConfig, OptimizerConfig, TrainConfig
 from retro_jax.data.batch import Batch
 from retro_jax.training.optimizer import is_trained, make_optimizer
 from retro_jax.training.state import initial_state, model_form
 from retro_jax.training.step import make_train_step
-
-
-class Timed:
-    """Wall and CPU seconds of one call, round after round."""
-
-    def __init__(self, call: Callable[[], Any], calls: int) -> None:
-        self.call, self.calls = call, calls
-        self.wall: list[float] = []
-        self.cpu: list[float] = []
-
-    def round(self) -> None:
-        """One more round."""
-        wall, cpu = time.perf_counter(), time.process_time()
-        for _ in range(self.calls):
-            result = self.call()
-        jax.block_until_ready(result)
-        self.wall.append((time.perf_counter() - wall) / self.calls)
-        self.cpu.append((time.process_time() - cpu) / self.calls)
-
-
-def interleave(sides: Mapping[str, Timed], rounds: int) -> None:
-    """Rounds of all sides in turn, after one of each that compiles and is not counted."""
-    for side in sides.values():
-        side.round()
-        side.wall.clear(), side.cpu.clear()
-    for _ in range(rounds):
-        for side in sides.values():
-            side.round()
 
 
 def step_ratio(config: ModelConfig, other: ModelConfig, *, rows: int, length: int, rounds: int = 25) -> float:

@@ -18,15 +18,14 @@ import dataclasses
 import json
 import os
 import platform
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.step_time import Timed, interleave, random_rows, stepper
+from benchmarks.step_time import random_rows, stepper
+from benchmarks.timing import MATRIX, Timed, cpu_name, interleave, product, spread
 from retro_jax.config import ChunkConfig, EncoderConfig, ModelConfig, RetroConfig, TrainConfig
 from retro_jax.data.batch import Batch
 from retro_jax.host_memory import keep_freed_memory
@@ -45,7 +44,6 @@ RETRO = ModelConfig(
 )
 GPT = dataclasses.replace(RETRO, retro=None)
 ROWS, LENGTH = 4, 512
-MATRIX = 1024
 RESULTS = Path(__file__).parent / "results" / "train_step.json"
 
 
@@ -105,13 +103,6 @@ def main() -> None:
     )
 
 
-def product() -> Callable[[], Any]:
-    """A square float32 matrix product."""
-    a, b = (jax.random.normal(jax.random.key(i), (MATRIX, MATRIX), jnp.float32) for i in range(2))
-    multiply = jax.jit(jnp.matmul)
-    return lambda: multiply(a, b)
-
-
 def check(batch: Batch) -> None:
     """The hidden states of one row are the reference implementation's."""
     row = jax.tree.map(lambda a: a[:1], batch)
@@ -143,19 +134,6 @@ def figures(config: ModelConfig, side: Timed, ceiling: Ceiling) -> dict:
             "cpu": spread(done / cpu / ceiling.cpu),
         },
     }
-
-
-def spread(values: np.ndarray) -> dict:
-    """Median, quartiles and the extremes."""
-    least, low, median, high, most = np.quantile(values, [0, 0.25, 0.5, 0.75, 1])
-    numbers = {"median": median, "quartiles": [low, high], "range": [least, most]}
-    return json.loads(json.dumps(numbers), parse_float=lambda text: float(f"{float(text):.4g}"))
-
-
-def cpu_name() -> str:
-    """The processor, as /proc/cpuinfo names it."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.processor())
 
 
 if __name__ == "__main__":

@@ -10,7 +10,16 @@ No class name occurs twice in the tree under :class:`Config`, so ``Class.field``
 object that stands in two places, :class:`ChunkConfig`, must be equal in both.
 """
 
-from retro_jax.config.data import SPLITS, ChunkConfig, CorpusConfig, DataConfig, RetrievalConfig, Split, TokenizerConfig
+from retro_jax.config.data import (
+    SPLITS,
+    BertConfig,
+    ChunkConfig,
+    CorpusConfig,
+    DataConfig,
+    RetrievalConfig,
+    Split,
+    TokenizerConfig,
+)
 from retro_jax.config.model import Activation, EncoderConfig, Implementation, ModelConfig, Norm, Positions, RetroConfig
 from retro_jax.config.run import Config, resolved
 from retro_jax.config.training import Baseline, EvalConfig, OptimizerConfig, TrainConfig, Trained
@@ -19,6 +28,7 @@ __all__ = [
     "SPLITS",
     "Activation",
     "Baseline",
+    "BertConfig",
     "ChunkConfig",
     "Config",
     "CorpusConfig",

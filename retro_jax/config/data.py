@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from retro_jax.config.checks import check, check_choice, check_fraction, check_positive
@@ -98,20 +98,48 @@ class ChunkConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BertConfig:
+    """A sentence encoder of BERT's form, for ``RetrievalConfig.embedder="bert"``.
+
+    ``path``: a local folder in Hugging Face's format. ``pooling``: the mean of a text's tokens ("mean"), of those that are not
+    special ("mean_without_special"), or the first one ("cls"); "auto": what the folder says (``1_Pooling/config.json``), "mean"
+    where it says nothing. ``max_length``: tokens of a text that are read, special ones included; None: what the folder says
+    (``sentence_bert_config.json``), else all that the model has positions for. ``prefix`` stands before every text
+    (E5: "query: ").
+    """
+
+    path: str | None = None
+    pooling: Literal["auto", "mean", "mean_without_special", "cls"] = "auto"
+    max_length: int | None = None
+    prefix: str = ""
+    precision: Literal["float32", "bfloat16"] = "float32"
+
+    def __post_init__(self) -> None:
+        check_choice(self, "pooling", ("auto", "mean", "mean_without_special", "cls"))
+        check_choice(self, "precision", ("float32", "bfloat16"))
+        if self.max_length is not None:
+            check(
+                self.max_length >= 3, f"BertConfig.max_length={self.max_length} must be at least 3, for [CLS], a token and [SEP]"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
 class RetrievalConfig:
     """How neighbours are found: an embedder, an index, and how many are kept.
 
     ``tfidf``: hashed 1-to-``max_ngram``-gram TF-IDF of ``features`` columns, searched exactly. ``lsa``: its projection on
-    ``lsa_dim`` dimensions, learned from ``lsa_train_chunks`` random training chunks and searched by faiss with
-    ``index_factory`` (any faiss factory string; "auto" chooses by size), trained on ``index_train_chunks`` random ones.
-    ``index_search``: faiss search parameters such as "nprobe=64" or "efSearch=128"; "auto" chooses by the index.
+    ``lsa_dim`` dimensions, learned from ``lsa_train_chunks`` random training chunks. ``bert``: a sentence encoder of BERT's form.
+    Dense vectors (``lsa``, ``bert``) are searched by faiss with ``index_factory`` (any faiss factory string; "auto" chooses by
+    size), trained on ``index_train_chunks`` random chunks, with ``index_search``: faiss search parameters such as "nprobe=64" or
+    "efSearch=128"; "auto" chooses by the index.
     """
 
-    embedder: Literal["tfidf", "lsa"] = "tfidf"
+    embedder: Literal["tfidf", "lsa", "bert"] = "tfidf"
     features: int = 2**20
     max_ngram: int = 2
     lsa_dim: int = 256
     lsa_train_chunks: int = 100_000
+    bert: BertConfig = field(default_factory=BertConfig)
     index_factory: str = "auto"
     index_search: str = "auto"
     index_train_chunks: int = 1_000_000
@@ -121,11 +149,15 @@ class RetrievalConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_choice(self, "embedder", ("tfidf", "lsa"))
+        check_choice(self, "embedder", ("tfidf", "lsa", "bert"))
         check_positive(
             self, "features", "max_ngram", "lsa_dim", "lsa_train_chunks", "index_train_chunks", "saved", "block_chunks", "workers"
         )
         check(self.features < 2**31, f"RetrievalConfig.features={self.features} must be below 2**31")
+        check(
+            self.embedder != "bert" or self.bert.path is not None,
+            "RetrievalConfig.embedder='bert' loads a model; set BertConfig.path to a folder in Hugging Face's format",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

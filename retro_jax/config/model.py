@@ -10,7 +10,7 @@ from retro_jax.config.data import ChunkConfig
 
 Norm = Literal["layernorm", "layernorm1p", "rmsnorm"]
 Positions = Literal["rotary", "learned", "none"]
-Activation = Literal["gelu", "gelu_tanh", "squared_relu", "swiglu"]
+Activation = Literal["gelu", "gelu_tanh", "relu", "squared_relu", "swiglu"]
 Implementation = Literal["reference", "xla"]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -47,7 +47,7 @@ class AsOurs:
         return self._entries
 
     def _unpacked(self, entry: Entry) -> list[np.ndarray]:
-        tensors = [_finite(name, self._source.read(name)) for name in entry.theirs]
+        tensors = [finite(name, self._source.read(name)) for name in entry.theirs]
         shapes = [self._slots[name].shape for name in entry.ours]
         if entry.split == "vocabulary":  # without the rows that pad it
             tensors = [tensor[: shape[0]] for tensor, shape in zip(tensors, shapes, strict=True)]
@@ -111,9 +111,32 @@ def _check(
     known = re.compile("|".join(theirs.not_weights) or r"(?!)")
     skipped = [name for name in extra if known.fullmatch(name) or (config.tied_embedding and name == theirs.tied_output)]
     padded = {name for entry in found if entry.split == "vocabulary" for name in entry.theirs}
+    unexpected = [name for name in extra if name not in skipped]
+    refuse_misfit(facts, wanted, unexpected, f"the checkpoint does not fit the config as {theirs.name}", padded)
+    return skipped
+
+
+def refuse_misfit(
+    facts: Mapping[str, Fact],
+    wanted: Mapping[str, tuple[int, ...]],
+    unexpected: Sequence[str],
+    what: str,
+    padded: Collection[str] = (),
+) -> None:
+    """Refuse a checkpoint whose tensors are not those that are wanted.
+
+    Args:
+        facts: the checkpoint's tensors.
+        wanted: names and shapes; of those in ``padded`` there may be more rows.
+        unexpected: tensors of the checkpoint that nobody wants.
+        what: how the message begins.
+
+    Raises:
+        UserError: some are missing, unexpected or of another shape; it lists them.
+    """
     wrong = {
         "missing": [name for name in wanted if name not in facts],
-        "unexpected": [name for name in extra if name not in skipped],
+        "unexpected": unexpected,
         "of another shape": [
             f"{name} {facts[name].shape}, wanted {shape}"
             for name, shape in wanted.items()
@@ -122,8 +145,7 @@ def _check(
     }
     told = [f"{len(names)} {kind}: {_list(names)}" for kind, names in wrong.items() if names]
     if told:
-        raise UserError(f"the checkpoint does not fit the config as {theirs.name}; " + "; ".join(told))
-    return skipped
+        raise UserError(f"{what}; " + "; ".join(told))
 
 
 def _fits(there: tuple[int, ...], wanted: tuple[int, ...], *, padded: bool) -> bool:
@@ -131,11 +153,16 @@ def _fits(there: tuple[int, ...], wanted: tuple[int, ...], *, padded: bool) -> b
     return there == wanted or (padded and there[1:] == wanted[1:] and there[0] > wanted[0])
 
 
-def _list(names: list[str]) -> str:
+def _list(names: Sequence[str]) -> str:
     return ", ".join(names[:TOLD]) + (f" and {len(names) - TOLD} more" if len(names) > TOLD else "")
 
 
-def _finite(name: str, tensor: np.ndarray) -> np.ndarray:
+def finite(name: str, tensor: np.ndarray) -> np.ndarray:
+    """The tensor.
+
+    Raises:
+        UserError: it holds a number that is not finite.
+    """
     if not np.isfinite(tensor).all():
         raise UserError(f"{name} holds numbers that are not finite; the checkpoint is broken")
     return tensor

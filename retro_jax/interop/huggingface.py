@@ -109,7 +109,7 @@ def _llama_config(theirs: Mapping[str, Any]) -> ModelConfig:
     # Qwen2 has biases on queries, keys and values without a setting that says so.
     attention_bias, mlp_bias = theirs.get("attention_bias", False), theirs.get("mlp_bias", False)
     rope = _rope(theirs)
-    _require(theirs, "hidden_act", "silu")
+    require(theirs, "hidden_act", "silu")
     if kind != "qwen2" and attention_bias != mlp_bias:
         raise UserError(
             f"config.json has attention_bias={attention_bias} and mlp_bias={mlp_bias}; only both or neither can be read"
@@ -154,7 +154,7 @@ def _gpt2_config(theirs: Mapping[str, Any]) -> ModelConfig:
             f"config.json has activation_function={theirs.get('activation_function')!r}; gelu and gelu_new can be read"
         )
     for name, value in (("scale_attn_weights", True), ("scale_attn_by_inverse_layer_idx", False), ("add_cross_attention", False)):
-        _require(theirs, name, value)
+        require(theirs, name, value)
     return ModelConfig(
         vocab_size=theirs["vocab_size"],
         width=theirs["n_embd"],
@@ -172,7 +172,8 @@ def _gpt2_config(theirs: Mapping[str, Any]) -> ModelConfig:
     )
 
 
-def _require(theirs: Mapping[str, Any], name: str, value: object) -> None:
+def require(theirs: Mapping[str, Any], name: str, value: object) -> None:
+    """Refuse a ``config.json`` in which a setting has another value than the one that can be read (which its absence means)."""
     if (given := theirs.get(name, value)) != value:
         raise UserError(f"config.json has {name}={given!r}; only {value!r} can be read")
 

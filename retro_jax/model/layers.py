@@ -112,6 +112,8 @@ def activate(x: jax.Array, kind: Activation) -> jax.Array:
     """The feed-forward activation; for "swiglu" x carries [gate, up] in its last but one dim."""
     if kind == "swiglu":
         return jax.nn.silu(x[..., 0, :]) * x[..., 1, :]
+    if kind == "relu":
+        return jax.nn.relu(x)
     if kind == "squared_relu":
         return jnp.square(jax.nn.relu(x))
     return jax.nn.gelu(x, approximate=kind == "gelu_tanh")

@@ -8,6 +8,7 @@ from typing import ClassVar, Protocol, Self
 
 from retro_jax.artefact import Artefact, build_artefact, open_artefact
 from retro_jax.config import RetrievalConfig
+from retro_jax.retrieval.bert import BertEmbedder
 from retro_jax.retrieval.chunk_texts import ChunkTexts
 from retro_jax.retrieval.lsa import LsaEmbedder
 from retro_jax.retrieval.tfidf import TfidfEmbedder
@@ -18,14 +19,21 @@ class Embedder(Protocol):
     """Text -> vectors of unit length (or zero, for a text in which it finds nothing).
 
     ``sparse`` says which kind of vectors it gives, and so which index searches them: ``csr_matrix`` or an array, both float32.
+    ``one_process``: it keeps all cores, or the accelerator, busy by itself; several processes would be in each other's way.
     """
 
     name: ClassVar[str]
     sparse: ClassVar[bool]
+    one_process: ClassVar[bool]
 
     @property
     def dim(self) -> int:
         """Columns of its vectors."""
+        ...
+
+    @classmethod
+    def dim_of(cls, config: RetrievalConfig) -> int:
+        """Columns of the vectors that these settings give."""
         ...
 
     @classmethod
@@ -48,7 +56,7 @@ class Embedder(Protocol):
         ...
 
 
-EMBEDDERS: Mapping[str, type[Embedder]] = {"tfidf": TfidfEmbedder, "lsa": LsaEmbedder}
+EMBEDDERS: Mapping[str, type[Embedder]] = {"tfidf": TfidfEmbedder, "lsa": LsaEmbedder, "bert": BertEmbedder}
 
 
 def build_embedder(config: RetrievalConfig, texts: ChunkTexts, path: Path) -> Artefact:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,10 +35,11 @@ def build_vectors(config: RetrievalConfig, texts: ChunkTexts, embedder: Artefact
 
 
 def _embed_all(config: RetrievalConfig, texts: ChunkTexts, embedder: Artefact, folder: Path) -> Mapping:
-    blocks = SplitBlocks(config, texts)
-    blocks.run(folder, _embed_block, embedder.path, embedder.fingerprint, texts, description="vectors")
     model = load_embedder(embedder.path)
-    blocks.join(folder, _arrays(model.embed([""])[:0]))
+    blocks = SplitBlocks(replace(config, workers=1) if model.one_process else config, texts)
+    blocks.run(folder, _embed_block, embedder.path, embedder.fingerprint, texts, description="vectors")
+    _loaded.cache_clear()
+    blocks.join(folder, _no_vectors(model))
     if model.sparse:
         for split in SPLITS:
             _join_row_ends(folder / f"{split}.row_sizes.npy", folder / f"{split}.row_ends.npy")
@@ -56,6 +58,11 @@ def _loaded(path: Path, fingerprint: str) -> Embedder:
     """Once a process; the fingerprint tells an embedder that was built anew in the same folder."""
     del fingerprint
     return load_embedder(path)
+
+
+def _no_vectors(model: Embedder) -> dict[str, np.ndarray]:
+    """The arrays of a split without chunks."""
+    return _arrays(csr_matrix((0, model.dim), dtype=np.float32) if model.sparse else np.zeros((0, model.dim), np.float32))
 
 
 def _arrays(vectors: Vectors) -> dict[str, np.ndarray]:

@@ -39,6 +39,7 @@ class LsaEmbedder:
 
     name: ClassVar[str] = "lsa"
     sparse: ClassVar[bool] = False
+    one_process: ClassVar[bool] = False
 
     def __init__(
         self, tfidf: TfidfEmbedder, place_F: np.ndarray, directions_PA: np.ndarray, sketch_FS: np.ndarray, sketched_AE: np.ndarray
@@ -50,6 +51,11 @@ class LsaEmbedder:
     def dim(self) -> int:
         """``lsa_dim``."""
         return self._directions_PA.shape[1] + self._sketched_AE.shape[1]
+
+    @classmethod
+    def dim_of(cls, config: RetrievalConfig) -> int:
+        """``lsa_dim``."""
+        return config.lsa_dim
 
     @classmethod
     def facts(cls, config: RetrievalConfig) -> Mapping:

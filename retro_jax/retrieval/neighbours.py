@@ -75,8 +75,9 @@ def _check_index(config: RetrievalConfig) -> None:
     Raises:
         UserError: faiss is missing, or does not understand the factory string.
     """
-    if not EMBEDDERS[config.embedder].sparse:
-        make_index(import_faiss(), "Flat" if config.index_factory == "auto" else config.index_factory, config.lsa_dim)
+    embedder = EMBEDDERS[config.embedder]
+    if not embedder.sparse:
+        make_index(import_faiss(), "Flat" if config.index_factory == "auto" else config.index_factory, embedder.dim_of(config))
 
 
 def _say_memory(config: RetrievalConfig, texts: ChunkTexts) -> None:

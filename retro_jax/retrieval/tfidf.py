@@ -23,6 +23,7 @@ class TfidfEmbedder:
 
     name: ClassVar[str] = "tfidf"
     sparse: ClassVar[bool] = True
+    one_process: ClassVar[bool] = False
 
     def __init__(self, max_ngram: int, idf_F: np.ndarray) -> None:
         self._count = _counter(len(idf_F), max_ngram)
@@ -32,6 +33,11 @@ class TfidfEmbedder:
     def dim(self) -> int:
         """Hashed columns."""
         return len(self._idf_F)
+
+    @classmethod
+    def dim_of(cls, config: RetrievalConfig) -> int:
+        """Hashed columns."""
+        return config.features
 
     @classmethod
     def facts(cls, config: RetrievalConfig) -> Mapping:

@@ -90,13 +90,14 @@ def test_activations():
     np.testing.assert_allclose(activate(jnp.asarray(x), "gelu"), erf, atol=1e-6)
     np.testing.assert_allclose(activate(jnp.asarray(x), "gelu_tanh"), tanh, atol=1e-6)
     assert np.abs(erf - tanh).max() > 1e-4
+    np.testing.assert_array_equal(activate(jnp.asarray(x), "relu"), np.maximum(x, 0))
     np.testing.assert_allclose(activate(jnp.asarray(x), "squared_relu"), np.maximum(x, 0) ** 2, atol=1e-6)
     gate, up = array(4, 5), array(4, 5)
     expected = gate / (1 + np.exp(-gate)) * up
     np.testing.assert_allclose(activate(jnp.stack([gate, up], axis=-2), "swiglu"), expected, atol=1e-6)
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "squared_relu", "swiglu"])
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu", "squared_relu", "swiglu"])
 def test_gradients_of_the_feed_forward_block_are_those_of_differences(activation):
     shape = BlockShape.of_decoder(small(activation=activation))
     with jax.enable_x64(True):

@@ -21,7 +21,7 @@ OPTIONS: dict[str, tuple[Any, ...]] = {
     "positions": ("rotary", "learned", "none"),
     "rotary_fraction": (1.0, 0.5),
     "rotary_scale": (1.0, 2.0),
-    "activation": ("gelu", "gelu_tanh", "squared_relu", "swiglu"),
+    "activation": ("gelu", "gelu_tanh", "relu", "squared_relu", "swiglu"),
     "linear_bias": (True, False),
     "num_kv_heads": (None, 1),
     "head_dim": (None, 12),

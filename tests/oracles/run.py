@@ -1,10 +1,11 @@
 """Hold the model against fixtures: numbers that other implementations computed, with their weights and inputs.
 
-    python -m tests.oracles.run FILE.npz ...
+    python -m tests.oracles.run FILE.npz ... [--weights FOLDER]
 
 Reads any file with ``param/<name>``, ``in/...``, ``f64/logits``, ``grad/<name>`` or ``grad_f64/<name>``, and ``meta_json``, which
-says by ``resolved`` (Megatron) or ``config`` (Hugging Face) what was computed. Every fixture gets a line for each precision; the
-exit code is 1 if one fails.
+says by ``resolved`` (Megatron) or ``config`` (Hugging Face) what was computed; of BERT's form also ``f64/last_hidden_state``,
+``f64/pooler_output``; and sentences with ``f64/embeddings``, whose weights are those of a package or of ``--weights``. Every
+fixture gets a line for each precision; the exit code is 1 if one fails.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from retro_jax.interop.huggingface import format_of, model_config
 from retro_jax.interop.megatron import CORE, LEGACY
 from retro_jax.interop.slots import form_of, slots, stacked, take
 from retro_jax.training.state import Tree, names
+from tests.oracles.bert import bert_fixture, compare_bert, is_bert
 from tests.oracles.megatron_settings import config_of_settings, megatron_batch
 
 # A gradient fails by its relative L2 error or by its largest error.
@@ -71,14 +73,35 @@ class Errors:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.oracles.run", description=__doc__.split("\n\n")[0])
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE.npz")
+    parser.add_argument("--weights", type=Path, help="the folder of the sentence encoder of a fixture that holds none")
+    given = parser.parse_args(arguments)
     failed = False
-    for path in parser.parse_args(arguments).files:
+    for path in given.files:
+        arrays = read_arrays(path)
+        if is_bert(arrays):
+            failed |= not _bert_passes(path.stem, arrays, given.weights)
+            continue
         fixture = read_fixture(path)
         for precision in ("float32", "float64"):
             errors = compare(fixture, precision)
             failed |= not errors.passes
             print(line(path.stem, precision, errors), flush=True)
     return 1 if failed else 0
+
+
+def _bert_passes(name: str, arrays: Mapping[str, np.ndarray], weights: Path | None) -> bool:
+    """Print the lines of an encoder's fixture."""
+    try:
+        fixture = bert_fixture(arrays, weights)
+    except FileNotFoundError as error:
+        print(f"FAIL {name}: {error}")
+        return False
+    passes = True
+    for precision in ("float32", "float64"):
+        errors = compare_bert(fixture, precision)
+        passes &= errors.passes
+        print(f"{'PASS' if errors.passes else 'FAIL'} {name} {precision}: {errors}", flush=True)
+    return passes
 
 
 def line(name: str, precision: str, errors: Errors) -> str:
@@ -91,9 +114,13 @@ def line(name: str, precision: str, errors: Errors) -> str:
     )
 
 
-def read_fixture(path: Path) -> Fixture:
+def read_arrays(path: Path) -> dict[str, np.ndarray]:
     with np.load(path) as file:
-        arrays = {name: file[name] for name in file.files}
+        return {name: file[name] for name in file.files}
+
+
+def read_fixture(path: Path) -> Fixture:
+    arrays = read_arrays(path)
     meta = json.loads(arrays["meta_json"].tobytes())
     if "resolved" in meta:
         settings = meta["resolved"]

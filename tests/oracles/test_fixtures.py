@@ -1,4 +1,4 @@
-"""The model computes what Megatron's Retro (core and legacy), Llama and GPT-2 compute, and mistakes in it are seen."""
+"""The model computes what Megatron's Retro (core and legacy), Llama, GPT-2 and BERT compute, and mistakes in it are seen."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ from retro_jax.config import ChunkConfig, CorpusConfig, TokenizerConfig
 from retro_jax.corpus.chunk_table import build_chunks
 from retro_jax.corpus.token_stage import build_tokens
 from retro_jax.corpus.tokenizer_stage import build_tokenizer
+from tests.retrieval.bert_model import write_bert
 
 
 def write_documents(path: Path, seed: int, count: int) -> None:
@@ -45,3 +46,9 @@ def build_corpus(data_dir: Path, *, seed: int = 0, count: int = 60, chunk_len: i
 def corpus_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data folder with tokenizer, tokens and chunks; copy it before building more in it."""
     return build_corpus(tmp_path_factory.mktemp("corpus") / "data")
+
+
+@pytest.fixture(scope="session")
+def bert_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny encoder; copy it before changing it."""
+    return write_bert(tmp_path_factory.mktemp("bert") / "tiny-bert")
