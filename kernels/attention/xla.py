@@ -16,6 +16,8 @@ from retro_jax.kernels.precision import accumulation_dtype
 
 # Stands for -inf where a finite number keeps exp and differences free of NaN.
 LOWEST = -1e30
+# Weights of a problem from which on turning is worth its copies.
+TURNED_FROM = 128 * 128
 
 
 def attention(
@@ -61,6 +63,25 @@ def _attention(
 def _product(dims: str, a: jax.Array, b: jax.Array) -> jax.Array:
     """einsum accumulated in float32, or in float64 for float64 operands."""
     return jnp.einsum(dims, a, b, preferred_element_type=accumulation_dtype(a.dtype))
+
+
+def _product_of_columns(a_XGPS: jax.Array, b_XGPH: jax.Array) -> jax.Array:
+    """a^T b, [X, G, S, H].
+
+    XLA for CPU multiplies a batched matrix that lies transposed at a quarter of its speed; there b, the smaller one, is turned
+    instead, and so is the result (P = S = 256, H = 32: 1.9 against 6.3 ms).
+    """
+
+    def turned(a: jax.Array, b: jax.Array) -> jax.Array:
+        b_XGHP = jax.lax.optimization_barrier(b.swapaxes(2, 3))  # without it XLA turns the large one again
+        return jax.lax.optimization_barrier(_product("xghp,xgps->xghs", b_XGHP, a)).swapaxes(2, 3)
+
+    def plain(a: jax.Array, b: jax.Array) -> jax.Array:
+        return _product("xgps,xgph->xgsh", a, b)
+
+    if a_XGPS.shape[2] * a_XGPS.shape[3] < TURNED_FROM:
+        return plain(a_XGPS, b_XGPH)
+    return jax.lax.platform_dependent(a_XGPS, b_XGPH, cpu=turned, default=plain)
 
 
 def _scores(q_XGPH: jax.Array, k_XGSH: jax.Array, mask_XQS: jax.Array | None) -> jax.Array:
@@ -116,9 +137,9 @@ def _attention_bwd(dropout, residuals, do_XGPH):  # type: ignore[no-untyped-def]
     delta = (do_XGPH.astype(lse.dtype) * o.astype(lse.dtype)).sum(-1, keepdims=True)
     dweights = _drop(_product("xgph,xgsh->xgps", do_XGPH, v), keep, dropout)
     dscores = (weights * (dweights - delta) * q.shape[-1] ** -0.5).astype(q.dtype)
-    dv = _product("xgps,xgph->xgsh", _drop(weights, keep, dropout).astype(v.dtype), do_XGPH).astype(v.dtype)
+    dv = _product_of_columns(_drop(weights, keep, dropout).astype(v.dtype), do_XGPH).astype(v.dtype)
     dq = _product("xgps,xgsh->xgph", dscores, k).astype(q.dtype)
-    dk = _product("xgps,xgph->xgsh", dscores, q).astype(k.dtype)
+    dk = _product_of_columns(dscores, q).astype(k.dtype)
     dnull = None
     if null_GP is not None:
         null_weight = jnp.exp(null_GP.astype(lse.dtype)[None, :, :, None] - lse)

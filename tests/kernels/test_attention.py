@@ -44,12 +44,20 @@ def _value_and_gradients(arrays, mask, do, key, implementation, dropout):
 
 
 @pytest.mark.parametrize(
-    ("groups", "mask", "null"),
-    [(4, "none", False), (2, "query", True), (1, "key", True), (2, "key", False), (4, "query", False), (1, "none", True)],
+    ("groups", "mask", "null", "sizes"),
+    [
+        (4, "none", False, (7, 5)),
+        (2, "query", True, (7, 5)),
+        (1, "key", True, (7, 5)),
+        (2, "key", False, (7, 5)),
+        (4, "query", False, (7, 5)),
+        (1, "none", True, (7, 5)),
+        (2, "query", True, (100, 90)),  # 2 heads a group: 200 x 90 weights, from TURNED_FROM on
+    ],
 )
-def test_xla_is_the_reference_in_float64(groups, mask, null):
+def test_xla_is_the_reference_in_float64(groups, mask, null, sizes):
     with jax.enable_x64(True):
-        arrays, mask_XQS, do = problem(0, 3, 7, 5, 4, groups, 6, mask=mask, null=null, dtype=np.float64)
+        arrays, mask_XQS, do = problem(0, 3, *sizes, 4, groups, 6, mask=mask, null=null, dtype=np.float64)
         o, gradients = value_and_gradients(arrays, mask_XQS, do, "xla")
         o_reference, gradients_reference = value_and_gradients(arrays, mask_XQS, do, "reference")
         assert o.dtype == jnp.float64
