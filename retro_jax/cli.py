@@ -179,8 +179,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         formatter_class=stages.formatter_class,
     )
     _add_convert(commands)
+    _add_settings(commands)
     parsed = parser.parse_args(arguments)
-    return exit_code(lambda: (_convert if parsed.command == "convert" else _prepare)(parsed))
+    command = {"prepare": _prepare, "convert": _convert, "settings": _settings}[parsed.command]
+    return exit_code(lambda: command(parsed))
+
+
+def _add_settings(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "settings",
+        help="print a checkpoint's model as a config to start from",
+        description="Print the settings of a checkpoint's model as a gin file that trains on from it: of a run, of Hugging Face, "
+        "or one that convert wrote in our format.",
+        epilog="example: python -m retro_jax settings llama-folder > llama.gin",
+    )
+    parser.add_argument("path", metavar="PATH", help="the checkpoint's folder")
 
 
 def _add_convert(commands: argparse._SubParsersAction) -> None:
@@ -214,6 +227,12 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--allow-pickle", action="store_true", help="read PyTorch's pickles too, weights only (needs torch)")
     parser.add_argument("--verify", action="store_true", help="run both on the same tokens and compare before anything is kept")
     parser.add_argument("--report", action="store_true", help="print where every tensor came from and went")
+
+
+def _settings(arguments: argparse.Namespace) -> None:
+    from retro_jax.interop.command import start_config
+
+    print(start_config(Path(arguments.path)), end="")
 
 
 def _convert(arguments: argparse.Namespace) -> None:

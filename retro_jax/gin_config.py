@@ -26,7 +26,7 @@ from typing import Any
 
 from gin.config_parser import BindingStatement, BlockDeclaration, ConfigParser, IncludeStatement, ParserDelegate
 
-from retro_jax.config import Config, resolved
+from retro_jax.config import Config, ModelConfig, resolved
 from retro_jax.errors import UserError
 from retro_jax.field_types import accepts_text, convert, describe, field_hints, nested_config
 
@@ -60,8 +60,9 @@ def load_config(files: Sequence[str | Path], overrides: Sequence[str] = ()) -> C
     return config
 
 
-def config_text(config: Config) -> str:
-    """Every setting of the config, default or not, in gin's syntax and in a fixed order: :func:`load_config` reads it back."""
+def config_text(config: Config | ModelConfig) -> str:
+    """Every setting of the config, or of its model alone, default or not, in gin's syntax and in a fixed order:
+    :func:`load_config` reads it back."""
     sections: dict[type, str] = {}
     _write_section(config, sections)
     return "\n".join(sections.values())

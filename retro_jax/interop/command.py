@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from retro_jax.errors import UserError
-from retro_jax.gin_config import load_config
+from retro_jax.gin_config import config_text, load_config
 from retro_jax.interop import HUGGINGFACE
 from retro_jax.interop.checkpoints import (
     MEGATRON,
@@ -24,8 +24,9 @@ from retro_jax.interop.checkpoints import (
 from retro_jax.interop.files import new_folder
 from retro_jax.interop.format import Entry
 from retro_jax.interop.megatron import megatron_warnings
-from retro_jax.interop.tokenizer_files import add_tokenizer
+from retro_jax.interop.tokenizer_files import TOKENIZER, add_tokenizer
 from retro_jax.interop.verify import verify
+from retro_jax.training.start import open_start
 
 DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.dtype(np.float16)}
 
@@ -59,6 +60,19 @@ def convert(arguments: argparse.Namespace) -> None:
     if arguments.report:
         _report(opened, written)
     print(f"{sum(len(entry.theirs) for entry in written)} tensors written to {arguments.output}")
+
+
+def start_config(path: Path) -> str:
+    """A gin file that trains on from a checkpoint: its model's settings, and its tokenizer where that lies beside it.
+
+    Raises:
+        UserError: it is not there, or cannot be read.
+    """
+    config = open_start(str(path)).config
+    lines = [config_text(config), f"TrainConfig.start_from = {str(path)!r}\n"]
+    if (path / TOKENIZER).is_file():
+        lines.append(f"TokenizerConfig.kind = 'tokenizer_json'\nTokenizerConfig.path = {str(path / TOKENIZER)!r}\n")
+    return "\n".join(lines)
 
 
 def _report(opened: Opened, written: list[Entry]) -> None:

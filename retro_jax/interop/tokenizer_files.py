@@ -16,6 +16,7 @@ CLASSES = {
     "sentencepiece": "LlamaTokenizer",
 }
 CONFIG, TOKENIZER_CONFIG, GENERATION_CONFIG = "config.json", "tokenizer_config.json", "generation_config.json"
+TOKENIZER = "tokenizer.json"
 
 
 def add_tokenizer(artefact_folder: Path, folder: Path) -> None:

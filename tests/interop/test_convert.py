@@ -300,3 +300,26 @@ def test_swapped_tensors_are_seen(llama: Path, tmp_path: Path, monkeypatch: pyte
     arguments = ("--from", "huggingface", "--to", "huggingface", "--input", llama, "--output", tmp_path / "out", "--verify")
     assert run(*arguments) == 2
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("config", [LLAMA, CORE], ids=["gpt", "retro"])
+def test_the_settings_of_a_checkpoint_are_a_config(
+    config: ModelConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there_and_back(opened(config), "huggingface" if config.retro is None else "retro", tmp_path / "there")
+    (tmp_path / "there" / "tokenizer.json").write_text("{}")
+    assert main(["settings", str(tmp_path / "there")]) == 0
+    (tmp_path / "its.gin").write_text(capsys.readouterr().out)
+    (tmp_path / "mine.gin").write_text(
+        "include 'its.gin'\nDataConfig.seq_len = 32\nEvalConfig.window = 32\nEvalConfig.stride = 32\n"
+    )
+    chunks = [] if config.retro else ["ChunkConfig.chunk_len=4", "ChunkConfig.retrieved_len=8"]
+    loaded = load_config([tmp_path / "mine.gin"], chunks)
+    assert loaded.model == dataclasses.replace(config, head_dim=loaded.model.head_dim) and loaded.model.head_dim in (None, 4)
+    assert loaded.training.start_from == str(tmp_path / "there")
+    assert loaded.tokenizer.path == str(tmp_path / "there" / "tokenizer.json")
+
+
+def test_settings_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["settings", str(tmp_path)]) == 2
+    assert "holds neither checkpoints/" in capsys.readouterr().err
