@@ -169,6 +169,7 @@ def test_help_says_how_to_begin() -> None:
 def test_interrupt_says_how_to_continue(tmp_path: Path) -> None:
     program = (
         "import sys, os, signal; from retro_jax.cli import exit_code\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell's background job ignores it, and so its children
         "sys.exit(exit_code(lambda: os.kill(os.getpid(), signal.SIGINT)))"
     )
     done = subprocess.run([sys.executable, "-c", program, "a b"], cwd=REPOSITORY, capture_output=True, text=True)

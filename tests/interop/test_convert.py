@@ -190,7 +190,7 @@ def test_another_dtype(dtype: str, tmp_path: Path) -> None:
         (small(), "EncoderConfig.positions='rotary', only 'none'|RetroConfig.cca_positions='rotary', only 'none'"),
         (with_encoder(CORE, cross_residual="stream"), "EncoderConfig.cross_residual='stream', only 'normed'"),
         (with_encoder(CORE, positions="rotary"), "EncoderConfig.positions='rotary', only 'none'"),
-        (dataclasses.replace(CORE, num_kv_heads=2), "ModelConfig.num_kv_heads=2 with chunked cross-attention, only 4"),
+        (dataclasses.replace(CORE, num_kv_heads=2), "ModelConfig.num_kv_heads=2, only 4"),
         (dataclasses.replace(CORE, rotary_scale=2.0), "ModelConfig.rotary_scale=2.0"),
     ],
 )
