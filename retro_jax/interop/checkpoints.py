@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -160,6 +161,10 @@ def _tensors(path: Path, pickles: bool) -> Source:
         if not pickles:
             raise UserError(
                 f"{pickled[0]} is a pickle; allow it to be read (weights only) with --allow-pickle, or give safetensors"
+            )
+        if importlib.util.find_spec("torch") is None:
+            raise UserError(
+                f"{pickled[0]} is a pickle, and torch is not installed, which reads it; install it, or give safetensors"
             )
         from retro_jax.interop.pickles import PickleSource
 

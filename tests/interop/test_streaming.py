@@ -6,6 +6,7 @@ Memory is the peak RSS of a process of its own; of a small model the growth, as 
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import math
 import shutil
@@ -23,7 +24,7 @@ from safetensors.numpy import load_file
 from retro_jax.cli import main
 from retro_jax.config import ModelConfig
 from retro_jax.errors import UserError
-from retro_jax.interop import pickles, runs
+from retro_jax.interop import runs
 from retro_jax.interop.checkpoints import open_checkpoint
 from retro_jax.interop.files import Fact, NpzSource
 from retro_jax.interop.shards import SafetensorsShards
@@ -31,6 +32,7 @@ from retro_jax.interop.slots import slots, take
 from retro_jax.training import checkpoint
 from retro_jax.training.checkpoint import load_model
 from tests.interop.synthetic import MIB, Drawn, memory_of, retro, write_retro, write_run
+from tests.model.build import small
 
 # MiB of a whole process, which are about 400 before it converts anything.
 MAY_TAKE = 1280
@@ -172,8 +174,18 @@ def test_a_run_of_another_model(copied: Path) -> None:
         open_checkpoint("run", copied, None)
 
 
+def test_a_pickle_without_torch_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.pt").touch()
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "torch" else find_spec(name))
+    with pytest.raises(UserError, match=r"a.pt is a pickle, and torch is not installed"):
+        open_checkpoint("megatron-core", tmp_path / "a.pt", small(), pickles=True)
+
+
 def test_pickles_keep_their_dtype_and_are_mapped_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch = pytest.importorskip("torch")
+    from retro_jax.interop import pickles
+
     wanted = {f"{number}.w": torch.randn(5, 3).to(torch.bfloat16).T for number in range(3)} | {"w": torch.randn(4)}
     torch.save({"model": wanted}, tmp_path / "a.pt")
     torch.save({"b": torch.ones(2, requires_grad=True)}, tmp_path / "b.pt")
