@@ -20,8 +20,8 @@ from retro_jax.training.state import ModelForm, Path, TrainState
 
 # What may differ from the checkpoint: how numbers are computed and drawn, and which positions are seen.
 FREE = {("ModelConfig", name) for name in ("implementation", "dropout", "attention_dropout", "init_std", "vocab_multiple")}
-FREE |= {("ModelConfig", "rotary_scale"), ("RetroConfig", "gate"), ("RetroConfig", "neighbour_dropout")}
-FREE |= {("RetroConfig", "cca_init"), ("RetroConfig", "copy_strength")}
+FREE |= {("ModelConfig", "rotary_scale")}
+FREE |= {("RetroConfig", name) for name in ("neighbour_dropout", "cca_init", "copy_strength")}
 FREE |= {("EncoderConfig", "dropout"), ("EncoderConfig", "attention_dropout")}
 
 

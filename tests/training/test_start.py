@@ -110,6 +110,15 @@ def test_a_retro_starts_from_a_retro_and_a_gpt_from_its_decoder(tmp_path: Path) 
             np.testing.assert_allclose(model(rows()), backbone(rows(), retrieval=False), atol=1e-6)
 
 
+def test_a_retro_goes_on_with_its_gate(tmp_path: Path) -> None:
+    """A learned gate beside trained chunked cross-attention would begin by silencing it."""
+    folder = as_folder(PLAIN, tmp_path / "retro")
+    assert PLAIN.retro is not None
+    gated = dataclasses.replace(PLAIN, retro=dataclasses.replace(PLAIN.retro, gate="learned", neighbour_dropout=0.1))
+    with pytest.raises(UserError, match=r"needs RetroConfig.gate=1.0 \(not 'learned'\)$"):
+        started(gated, folder)
+
+
 def test_training_of_the_retrieval_alone(tmp_path: Path) -> None:
     """From a run's last checkpoint; what is frozen stays bit-equal and has no moments, what is new learns."""
     config = tiny_config(steps=4)
