@@ -9,21 +9,24 @@ from retro_jax.cli import Run
 from retro_jax.gin_config import config_text
 from retro_jax.model import count_parameters
 from retro_jax.prepare import built_stages
-from retro_jax.training.train import model_configs
+from retro_jax.training.train import check_start, model_configs
 
 
 def describe_run(run: Run) -> str:
     """The resolved config and what would happen with it; nothing is written.
 
     Raises:
-        UserError: the config names baselines that it cannot have, or an artefact is corrupted.
+        UserError: the config names baselines that it cannot have or a checkpoint that it cannot start from, or an artefact is
+            corrupted.
     """
+    check_start(run.config, run.workdir)
     states = built_stages(run.data_dir)
     parts = [
         config_text(run.config),
         f"workdir: {run.workdir} ({'there' if run.workdir.exists() else 'to be made'})",
         "data: " + ", ".join(f"{stage} {'to build' if state == 'missing' else state}" for stage, state in states.items()),
         *_models(run, states),
+        *([f"starts from: {run.config.training.start_from}"] if run.config.training.start_from else []),
         *_steps(run, states),
     ]
     return "\n".join(parts)

@@ -189,6 +189,25 @@ def test_print_config_and_dry_run_write_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+def test_a_retro_from_the_gpt_of_a_run(trained: tuple[list[str], str], tmp_path: Path) -> None:
+    arguments, _ = trained
+    workdir = Path(arguments[arguments.index("--workdir") + 1])
+    mine = [
+        *arguments[: arguments.index("--workdir")],
+        "--workdir",
+        str(tmp_path),
+        *arguments[arguments.index("--workdir") + 2 :],
+    ]
+    mine += ["--set", f"Config.data_dir={workdir / 'data'}", "--set", "TrainConfig.baselines=gpt"]
+    dry = run("train.py", *mine, "--set", f"TrainConfig.start_from={workdir / 'models'}", "--dry-run")
+    assert dry.returncode == 2 and "holds neither checkpoints/" in dry.stderr
+    mine += ["--set", f"TrainConfig.start_from={workdir / 'models' / 'gpt'}"]
+    dry = run("train.py", *mine, "--dry-run")
+    assert dry.returncode == 0 and f"starts from: {workdir / 'models' / 'gpt'}\n" in dry.stdout, dry.stderr
+    done = run("train.py", *mine)
+    assert done.returncode == 0 and f"retro: starts from {workdir / 'models' / 'gpt'}\n" in done.stdout, done.stderr
+
+
 def test_dry_run_of_a_run_that_is_done(trained: tuple[list[str], str]) -> None:
     arguments, _ = trained
     dry = run("train.py", *arguments, "--set", "TrainConfig.steps=10", "--dry-run")
