@@ -11,7 +11,7 @@ import numpy as np
 from flax import nnx
 
 from retro_jax.errors import UserError
-from retro_jax.interop.convert import finite, refuse_misfit
+from retro_jax.interop.convert import finite, refuse_misfit, shapes_there
 from retro_jax.interop.files import Source
 from retro_jax.interop.format import Entry
 from retro_jax.interop.huggingface import require
@@ -125,10 +125,7 @@ def read_bert(source: Source, shape: BertShape) -> Tree:
     places = {tuple(path): variable.shape for path, variable in nnx.to_flat_state(nnx.split(_abstract(shape))[1])}
     shapes = {".".join(map(str, path)): size for path, size in places.items()}
     entries = bert_entries(shape)
-    wanted: dict[str, tuple[int, ...]] = {}
-    for entry in entries:
-        nothing = [np.broadcast_to(np.zeros((), np.bool_), shapes[name]) for name in entry.ours]
-        wanted.update(zip(entry.theirs, (tensor.shape for tensor in entry.layout.pack(nothing)), strict=True))
+    wanted = shapes_there(entries, shapes)
     unexpected = [stored[name] for name in facts if name not in wanted and not NOT_WEIGHTS.fullmatch(name)]
     refuse_misfit(facts, wanted, unexpected, "the weights do not fit config.json as those of a BERT encoder")
     values: dict[str, np.ndarray] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -13,7 +13,7 @@ from retro_jax.config import ModelConfig
 from retro_jax.errors import UserError
 from retro_jax.interop.files import Fact, Source
 from retro_jax.interop.format import Entry, Format, entries
-from retro_jax.interop.slots import Slot, slots
+from retro_jax.interop.slots import shapes_of
 
 # Names told in full where many are wrong.
 TOLD = 8
@@ -27,15 +27,15 @@ class AsOurs:
     """
 
     def __init__(self, source: Source, theirs: Format, config: ModelConfig) -> None:
-        self._source, self._slots = source, slots(config)
+        self._source, self._shapes = source, shapes_of(config)
         self._entries = entries(config, theirs)
         self._of = {name: entry for entry in self._entries for name in entry.ours}
-        self.skipped = _check(source.facts, theirs, config, self._entries, self._slots)
+        self.skipped = _check(source.facts, theirs, config, self._entries, self._shapes)
         if config.tied_embedding and theirs.tied_output in source.facts:
             table = self._of["embedding.table"].theirs[0]
             if not np.array_equal(source.read(theirs.tied_output), source.read(table)):
                 raise UserError(f"{theirs.tied_output} differs from {table}, but the config says that they are tied")
-        self.facts = {name: Fact(slot.shape, source.facts[self._of[name].theirs[0]].dtype) for name, slot in self._slots.items()}
+        self.facts = {name: Fact(shape, source.facts[self._of[name].theirs[0]].dtype) for name, shape in self._shapes.items()}
         self._unpack = lru_cache(maxsize=1)(self._unpacked)  # two of ours often lie in one of theirs, one after the other
 
     def read(self, name: str) -> np.ndarray:
@@ -48,7 +48,7 @@ class AsOurs:
 
     def _unpacked(self, entry: Entry) -> list[np.ndarray]:
         tensors = [finite(name, self._source.read(name)) for name in entry.theirs]
-        shapes = [self._slots[name].shape for name in entry.ours]
+        shapes = [self._shapes[name] for name in entry.ours]
         if entry.split == "vocabulary":  # without the rows that pad it
             tensors = [tensor[: shape[0]] for tensor, shape in zip(tensors, shapes, strict=True)]
         return entry.layout.unpack(tensors, shapes)
@@ -72,10 +72,11 @@ class Written:
         Raises:
             UserError: the format has no place for a parameter.
         """
-        found, places = entries(config, theirs), slots(config)
-        facts = {}
+        found = entries(config, theirs)
+        shapes, facts = shapes_there(found, shapes_of(config)), {}
         for entry in found:
-            for name, shape in zip(entry.theirs, shapes_there(entry, places), strict=True):
+            for name in entry.theirs:
+                shape = shapes[name]
                 if entry.split == "vocabulary":
                     shape = (-(-shape[0] // vocab_multiple) * vocab_multiple, *shape[1:])
                 facts[name] = Fact(shape, dtype or ours.facts[entry.ours[0]].dtype)
@@ -96,17 +97,20 @@ def _padded(tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
     return np.concatenate([tensor, np.zeros((shape[0] - len(tensor), *shape[1:]), tensor.dtype)])
 
 
-def shapes_there(entry: Entry, places: Mapping[str, Slot]) -> list[tuple[int, ...]]:
-    """The shapes of an entry's tensors in the format."""
-    nothing = [np.broadcast_to(np.zeros((), np.bool_), places[name].shape) for name in entry.ours]
-    return [tensor.shape for tensor in entry.layout.pack(nothing)]
+def shapes_there(found: Iterable[Entry], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the format's tensors by name, from those of our parameters."""
+    there: dict[str, tuple[int, ...]] = {}
+    for entry in found:
+        nothing = [np.broadcast_to(np.zeros((), np.bool_), shapes[name]) for name in entry.ours]
+        there.update(zip(entry.theirs, (tensor.shape for tensor in entry.layout.pack(nothing)), strict=True))
+    return there
 
 
 def _check(
-    facts: Mapping[str, Fact], theirs: Format, config: ModelConfig, found: list[Entry], places: Mapping[str, Slot]
+    facts: Mapping[str, Fact], theirs: Format, config: ModelConfig, found: list[Entry], shapes: Mapping[str, tuple[int, ...]]
 ) -> list[str]:
     """Refuse what does not fit, and list what is skipped."""
-    wanted = {name: shape for entry in found for name, shape in zip(entry.theirs, shapes_there(entry, places), strict=True)}
+    wanted = shapes_there(found, shapes)
     extra = [name for name in facts if name not in wanted]
     known = re.compile("|".join(theirs.not_weights) or r"(?!)")
     skipped = [name for name in extra if known.fullmatch(name) or (config.tied_embedding and name == theirs.tied_output)]

@@ -42,6 +42,11 @@ def slots(config: ModelConfig) -> dict[str, Slot]:
     return dict(sorted(found.items(), key=lambda item: _order(item[0])))
 
 
+def shapes_of(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter by name."""
+    return {name: slot.shape for name, slot in slots(config).items()}
+
+
 @functools.lru_cache(maxsize=8)  # to trace a large model takes seconds, and every table asks for its shapes
 def form_of(config: ModelConfig) -> ModelForm:
     """The form of the model, all of it trained."""

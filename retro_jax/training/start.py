@@ -11,7 +11,6 @@ import numpy as np
 
 from retro_jax.config import ModelConfig, TrainConfig, resolved
 from retro_jax.errors import UserError
-from retro_jax.interop import RUN
 from retro_jax.interop.checkpoints import Opened, kind_of, open_checkpoint
 from retro_jax.interop.slots import names_by_path, one_array
 from retro_jax.training.optimizer import is_retrieval
@@ -68,8 +67,7 @@ def open_start(start_from: str) -> Opened:
         path, which = path.parent.parent, path.name
     if not path.exists():
         raise UserError(f"TrainConfig.start_from={start_from!r} is not there; name a trained model's folder, or a converted one")
-    kind = kind_of(path)
-    return open_checkpoint(kind, path, None, which=which if kind == RUN else "latest")
+    return open_checkpoint(kind_of(path), path, None, which=which)
 
 
 def refuse_other_start(opened: Opened, model: ModelConfig, start_from: str) -> None:

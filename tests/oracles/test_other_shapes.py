@@ -12,7 +12,7 @@ import pytest
 from retro_jax.interop.convert import shapes_there
 from retro_jax.interop.format import Format, entries
 from retro_jax.interop.megatron import CORE, LEGACY
-from retro_jax.interop.slots import slots
+from retro_jax.interop.slots import shapes_of
 from tests.oracles.by_hand import logits_by_hand, make_fixture, meta_json
 from tests.oracles.megatron_settings import config_of_settings
 from tests.oracles.run import main, read_fixture
@@ -109,12 +109,11 @@ ALWAYS = list(SHAPES)[1:2]
 def random_tensors(settings: dict[str, Any], theirs: Format) -> dict[str, np.ndarray]:
     """Tensors in a format's names, none of them trivial."""
     random, config = np.random.default_rng(1), config_of_settings(settings)
-    tensors, places = {}, slots(config)
-    for entry in entries(config, theirs):
-        for name, shape in zip(entry.theirs, shapes_there(entry, places), strict=True):
-            spread = 0.3 if len(shape) == 1 else 1.2 / np.sqrt(shape[-1])
-            one = name.endswith("norm.weight") and not settings["zero_centered_gamma"]
-            tensors[name] = (spread * random.standard_normal(shape) + one).astype(np.float32)
+    tensors = {}
+    for name, shape in shapes_there(entries(config, theirs), shapes_of(config)).items():
+        spread = 0.3 if len(shape) == 1 else 1.2 / np.sqrt(shape[-1])
+        one = name.endswith("norm.weight") and not settings["zero_centered_gamma"]
+        tensors[name] = (spread * random.standard_normal(shape) + one).astype(np.float32)
     return tensors
 
 
