@@ -119,6 +119,8 @@ def open_artefact(path: Path, kind: str, *, checksums: str = "small") -> Artefac
         UserError: it is missing, of another kind or version, truncated or corrupted.
     """
     path = Path(path)
+    if path.is_file():
+        raise UserError(f"{path} is a file; give the folder that holds it, {path.parent}")
     try:
         manifest = json.loads((path / MANIFEST).read_text())
     except FileNotFoundError:

@@ -15,6 +15,7 @@ import pytest
 from retro_jax.array_files import array_file, save_array
 from retro_jax.artefact import build_artefact, open_artefact, write_text
 from retro_jax.blocks import concatenate_blocks, run_blocks
+from retro_jax.errors import UserError
 
 OPERATIONS = ("fsync", "replace", "rename", "unlink", "rmdir", "mkdir")
 BLOCKS = 3
@@ -103,3 +104,9 @@ def test_a_failed_write_keeps_its_reason(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, ignored)
     assert raised.value.errno == errno.EFBIG
+
+
+def test_a_file_in_place_of_the_folder_is_told(tmp_path: Path) -> None:
+    build(tmp_path / "numbers")
+    with pytest.raises(UserError, match=r"words\.txt is a file; give the folder that holds it, .*numbers$"):
+        open_artefact(tmp_path / "numbers" / "words.txt", "numbers")
