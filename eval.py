@@ -28,19 +28,14 @@ def execute(run: Run, arguments: argparse.Namespace) -> None:
     if not run.workdir.is_dir():
         raise UserError(f"--workdir {run.workdir} is not there; train first: python train.py --config {arguments.config}")
     # JAX and what else takes seconds to import comes after the arguments are checked.
-    from retro_jax.evaluation.perplexity import evaluate_perplexity
-    from retro_jax.evaluation.report import print_report
+    from retro_jax.evaluation.trained import evaluate_trained
     from retro_jax.host_memory import keep_freed_memory
     from retro_jax.prepare import prepare
-    from retro_jax.training.trained import load_trained
 
     refuse_other_config(run)
     keep_freed_memory()
     prepared = prepare(run.config, run.data_dir)
-    trained = load_trained(run.config, prepared.tokenizer.vocab_size, run.workdir, arguments.checkpoint)
-    models, steps = {n: model for n, (model, _) in trained.items()}, {n: step for n, (_, step) in trained.items()}
-    result = evaluate_perplexity(run.config, prepared, models, run.workdir / "evaluation", steps=steps)
-    print_report(result, report_console())
+    evaluate_trained(run.config, prepared, run.workdir, report_console(), arguments.checkpoint)
     print(f"written to {run.workdir}/evaluation")
 
 

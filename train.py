@@ -5,6 +5,7 @@ import sys
 
 from retro_jax.cli import (
     Run,
+    add_processes,
     argument_parser,
     exit_code,
     refuse_other_config,
@@ -25,6 +26,7 @@ def main() -> int:
     )
     parser.add_argument("--print-config", action="store_true", help="print every setting, default or not, and do nothing else")
     parser.add_argument("--dry-run", action="store_true", help="say what would be built and trained, and write nothing")
+    add_processes(parser)
     arguments = parser.parse_args()
     return exit_code(lambda: execute(run_of(arguments), arguments))
 
@@ -36,27 +38,26 @@ def execute(run: Run, arguments: argparse.Namespace) -> None:
         return
     # JAX and what else takes seconds to import comes after the arguments are checked.
     from retro_jax.dry_run import describe_run
-    from retro_jax.evaluation.perplexity import evaluate_perplexity
-    from retro_jax.evaluation.report import print_report
+    from retro_jax.evaluation.trained import evaluate_trained
     from retro_jax.host_memory import keep_freed_memory
+    from retro_jax.parallel.processes import are_several, is_first, join_processes
     from retro_jax.prepare import prepare
-    from retro_jax.training.train import check_start, train_all
-    from retro_jax.training.trained import load_trained
+    from retro_jax.training.train import check_run, train_all
 
     if arguments.dry_run:
         print(describe_run(run))
         return
+    join_processes(arguments)
     refuse_other_config(run)
     keep_freed_memory()
-    check_start(run.config, run.workdir)
-    prepared = prepare(run.config, run.data_dir)
-    store_config(run)
+    check_run(run.config, run.workdir)
+    prepared = prepare(run.config, run.data_dir, build=not are_several())
+    if is_first():
+        store_config(run)
     print(config_text(run.config))
     train_all(run.config, prepared, run.workdir, config_text=config_text(run.config))
-    trained = load_trained(run.config, prepared.tokenizer.vocab_size, run.workdir)
-    models, steps = {n: model for n, (model, _) in trained.items()}, {n: step for n, (_, step) in trained.items()}
-    result = evaluate_perplexity(run.config, prepared, models, run.workdir / "evaluation", steps=steps)
-    print_report(result, report_console())
+    if not are_several():  # else eval.py does it, in one process
+        evaluate_trained(run.config, prepared, run.workdir, report_console())
     print(closing_words(run, arguments))
 
 

@@ -28,7 +28,7 @@ USER_ERROR, INTERRUPTED = 2, 130
 TRACEBACK = "RETRO_JAX_TRACEBACK"
 STORED_TEXT, STORED_JSON = "config.gin", "config.json"
 # What may change between two starts in a workdir with checkpoints; all else decides what the parameters and the rows mean.
-FREE_CLASSES = ("OptimizerConfig", "TrainConfig", "EvalConfig")
+FREE_CLASSES = ("OptimizerConfig", "TrainConfig", "EvalConfig", "MeshConfig")
 FREE_FIELDS = (
     "Config.data_dir",
     "CorpusConfig.workers",
@@ -73,6 +73,17 @@ def argument_parser(prog: str, what: str, example: str) -> argparse.ArgumentPars
         help="change one setting, for example --set TrainConfig.steps=100; may be given again for others",
     )
     return parser
+
+
+def add_processes(parser: argparse.ArgumentParser) -> None:
+    """The arguments of a command that several processes run together."""
+    group = parser.add_argument_group("several processes (one a host or a device), each started with the same command")
+    group.add_argument(
+        "--distributed", action="store_true", help="this is one of several; SLURM, Open MPI and Kubernetes say which"
+    )
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="where the first process listens, if nothing else says it")
+    group.add_argument("--processes", type=int, metavar="N", help="how many there are")
+    group.add_argument("--process", type=int, metavar="I", help="which one this is, from 0")
 
 
 def run_of(arguments: argparse.Namespace) -> Run:
@@ -180,8 +191,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     _add_convert(commands)
     _add_settings(commands)
+    _add_plan(commands)
     parsed = parser.parse_args(arguments)
-    command = {"prepare": _prepare, "convert": _convert, "settings": _settings}[parsed.command]
+    command = {"prepare": _prepare, "convert": _convert, "settings": _settings, "plan": _plan}[parsed.command]
     return exit_code(lambda: command(parsed))
 
 
@@ -194,6 +206,24 @@ def _add_settings(commands: argparse._SubParsersAction) -> None:
         epilog="example: python -m retro_jax settings llama-folder > llama.gin",
     )
     parser.add_argument("path", metavar="PATH", help="the checkpoint's folder")
+
+
+def _add_plan(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="what a training step costs on GPUs that need not be there, and whether it fits",
+        description="Count a training step: memory by kind, operations, bytes that devices exchange, the least time. "
+        "Where it does not fit, the nearest mesh and recomputation that do are looked for.",
+        epilog="example: python -m retro_jax plan --config instructretro_9500m --mesh data=2,fsdp=4,tensor=8 --target h100",
+    )
+    parser.add_argument("--config", required=True, metavar="FILE", help="gin file, or the name of one in configs/")
+    parser.add_argument(
+        "--set", action="append", default=[], dest="overrides", metavar="Class.field=value", help="as for train.py"
+    )
+    parser.add_argument("--mesh", metavar="AXIS=N,...", help="data, fsdp, sequence, tensor (default: the config's MeshConfig)")
+    parser.add_argument("--target", choices=("a100", "h100", "h200"), default="h100", help="the GPU (default: h100)")
+    parser.add_argument("--json", metavar="FILE", help="write all figures too")
+    parser.add_argument("--png", metavar="FILE", help="draw memory by kind")
 
 
 def _add_convert(commands: argparse._SubParsersAction) -> None:
@@ -227,6 +257,14 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--allow-pickle", action="store_true", help="read PyTorch's pickles too, weights only (needs torch)")
     parser.add_argument("--verify", action="store_true", help="run both on the same tokens and compare before anything is kept")
     parser.add_argument("--report", action="store_true", help="print where every tensor came from and went")
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    config = load_config([arguments.config], arguments.overrides)
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # nothing is computed
+    from retro_jax.planning.command import plan
+
+    plan(config, arguments, report_console())
 
 
 def _settings(arguments: argparse.Namespace) -> None:

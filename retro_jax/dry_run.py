@@ -9,7 +9,7 @@ from retro_jax.cli import Run
 from retro_jax.gin_config import config_text
 from retro_jax.model import count_parameters
 from retro_jax.prepare import built_stages
-from retro_jax.training.train import check_start, model_configs
+from retro_jax.training.train import check_run, model_configs
 
 
 def describe_run(run: Run) -> str:
@@ -19,7 +19,7 @@ def describe_run(run: Run) -> str:
         UserError: the config names baselines that it cannot have or a checkpoint that it cannot start from, or an artefact is
             corrupted.
     """
-    check_start(run.config, run.workdir)
+    check_run(run.config, run.workdir)
     states = built_stages(run.data_dir)
     parts = [
         config_text(run.config),

@@ -45,13 +45,26 @@ class Prepared:
     fingerprints: dict[str, str]
 
 
-def prepare(config: Config, data_dir: Path, report: Callable[[str], None] = print) -> Prepared:
+def prepare(config: Config, data_dir: Path, report: Callable[[str], None] = print, *, build: bool = True) -> Prepared:
     """Build what is missing in ``data_dir`` and open it; one line to ``report`` for each artefact.
 
+    Args:
+        config: the run's settings.
+        data_dir: the artefacts' folder.
+        report: takes the lines.
+        build: False opens only, for one of several processes.
+
     Raises:
-        UserError: a source is wrong, an artefact was built with other settings or from other inputs, or the disk is full.
+        UserError: a source is wrong, an artefact was built with other settings or from other inputs, or the disk is full; or
+            something is missing that is not to be built.
     """
     data_dir = Path(data_dir)
+    missing = [stage for stage, state in built_stages(data_dir).items() if state != "built"]
+    if missing and not build:
+        raise UserError(
+            f"{data_dir} has no {missing[0]}, and several processes do not build data together; "
+            "run python -m retro_jax prepare once, with the same --config, --workdir and --set"
+        )
     data_dir.mkdir(parents=True, exist_ok=True)
     stages = _Stages(data_dir, report)
     stages.run(lambda: build_tokenizer(config.tokenizer, config.corpus, data_dir))

@@ -16,8 +16,8 @@ SECONDS_BETWEEN_LINES = 10.0
 class Bar:
     """What a stage holds to report its progress."""
 
-    def __init__(self, description: str, total: int | None, progress: Progress | None) -> None:
-        self._description, self._total, self._progress = description, total, progress
+    def __init__(self, description: str, total: int | None, progress: Progress | None, *, lines: bool = False) -> None:
+        self._description, self._total, self._progress, self._lines = description, total, progress, lines
         self._task = progress.add_task(description, total=total) if progress else None
         self._done, self._started = 0, time.monotonic()
         self._next_line = self._started + SECONDS_BETWEEN_LINES
@@ -27,24 +27,25 @@ class Bar:
         self._done += count
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, advance=count, description=f"{self._description} {note}".rstrip())
-        elif time.monotonic() >= self._next_line:
+        elif self._lines and time.monotonic() >= self._next_line:
             self._next_line = time.monotonic() + SECONDS_BETWEEN_LINES
             of = f"/{self._total}" if self._total else ""
             print(f"{self._description}: {self._done}{of} {note}".rstrip(), file=sys.stderr, flush=True)
 
 
 @contextmanager
-def progress_bar(description: str, total: int | None = None, done: int = 0) -> Iterator[Bar]:
+def progress_bar(description: str, total: int | None = None, done: int = 0, *, shown: bool = True) -> Iterator[Bar]:
     """Show progress on standard error while the block runs.
 
     Args:
         description: what is being done.
         total: number of items, None if not known before.
         done: items that an earlier run has done.
+        shown: False shows nothing.
     """
     console = Console(stderr=True)
-    if not console.is_terminal:
-        bar = Bar(description, total, None)
+    if not shown or not console.is_terminal:
+        bar = Bar(description, total, None, lines=shown)
         bar.advance(done)
         yield bar
         return

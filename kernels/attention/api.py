@@ -8,6 +8,7 @@ import jax
 
 from retro_jax.kernels.attention import reference, xla
 from retro_jax.kernels.choice import choose
+from retro_jax.kernels.dropout import kept_weights
 
 Implementation = Literal["reference", "xla"]
 IMPLEMENTATIONS = {"reference": reference.attention, "xla": xla.attention}
@@ -22,6 +23,8 @@ def attention(
     *,
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
+    query_numbers_XQN: jax.Array | None = None,
+    name: str = "attention",
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """softmax(q k^T / sqrt(H) + mask) v for each of X independent problems; accumulation is float32.
@@ -32,6 +35,8 @@ def attention(
         mask_XQS: bool, True where a query may see a key; its query axis may be 1; None: all may.
         null_logit_N: a learned logit a head for attending to nothing (a key whose value is zero).
         dropout, dropout_key: dropout on the attention weights; the key is needed when the share is above 0.
+        query_numbers_XQN: uint32, each query's number in the whole batch, which says what is dropped for it; None: its place.
+        name: of what is saved for the backward pass, ``<name>_out`` and ``<name>_lse`` to ``jax.checkpoint``.
         implementation: a name runs or raises; None takes "xla".
 
     Returns:
@@ -48,7 +53,7 @@ def attention(
         )
     if mask_XQS is not None and mask_XQS.shape not in ((X, Q, S), (X, 1, S)):
         raise ValueError(f"attention: mask {mask_XQS.shape} is neither {(X, Q, S)} nor {(X, 1, S)}")
-    if dropout > 0.0 and dropout_key is None:
-        raise ValueError(f"attention: dropout={dropout} needs a dropout_key")
+    keep_XQNS = kept_weights("attention", dropout, dropout_key, query_numbers_XQN, (X, Q, N), S)
+    keep_XNQS = None if keep_XQNS is None else keep_XQNS.swapaxes(1, 2)
     run = choose("attention", IMPLEMENTATIONS, implementation)
-    return run(q_XQNH, k_XSGH, v_XSGH, mask_XQS, null_logit_N, dropout=dropout, dropout_key=dropout_key)
+    return run(q_XQNH, k_XSGH, v_XSGH, mask_XQS, null_logit_N, dropout=dropout, keep_XNQS=keep_XNQS, name=name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from retro_jax.kernels.precision import accumulation_dtype
 
@@ -16,7 +17,8 @@ def attention(
     null_logit_N: jax.Array | None,
     *,
     dropout: float = 0.0,
-    dropout_key: jax.Array | None = None,
+    keep_XNQS: jax.Array | None = None,
+    name: str = "attention",
 ) -> jax.Array:
     """See :func:`retro_jax.kernels.attention.attention`."""
     wide = accumulation_dtype(q_XQNH.dtype)
@@ -39,8 +41,7 @@ def attention(
     if null_logit_N is not None:
         total = total + jnp.exp(null_XNQ1 - peak)
     weights = weights / jnp.where(total > 0.0, total, 1.0)
-    if dropout > 0.0:
-        assert dropout_key is not None
-        keep = jax.random.bernoulli(dropout_key, 1.0 - dropout, weights.shape)
-        weights = jnp.where(keep, weights / (1.0 - dropout), 0.0)
-    return jnp.einsum("xnqs,xsnh->xqnh", weights, v, precision="highest").astype(q_XQNH.dtype)
+    if keep_XNQS is not None:
+        weights = jnp.where(keep_XNQS, weights / (1.0 - dropout), 0.0)
+    o = jnp.einsum("xnqs,xsnh->xqnh", weights, v, precision="highest").astype(q_XQNH.dtype)
+    return checkpoint_name(o, f"{name}_out")

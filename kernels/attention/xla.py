@@ -11,6 +11,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from retro_jax.kernels.precision import accumulation_dtype
 
@@ -28,7 +29,8 @@ def attention(
     null_logit_N: jax.Array | None,
     *,
     dropout: float = 0.0,
-    dropout_key: jax.Array | None = None,
+    keep_XNQS: jax.Array | None = None,
+    name: str = "attention",
 ) -> jax.Array:
     """See :func:`retro_jax.kernels.attention.attention`."""
     X, Q, N, H = q_XQNH.shape
@@ -38,16 +40,14 @@ def attention(
     null_GP = None
     if null_logit_N is not None:
         null_GP = jnp.repeat(null_logit_N.reshape(G, N // G), Q, axis=1)
-    keep_XGPS = None
-    if dropout > 0.0:
-        assert dropout_key is not None
-        keep_XGPS = jax.random.bernoulli(dropout_key, 1.0 - dropout, (X, N, Q, S)).reshape(X, G, N // G * Q, S)
-    o_XGPH = _attention(dropout, q_XGPH, k_XGSH, v_XGSH, mask_XQS, null_GP, keep_XGPS)
+    keep_XGPS = None if keep_XNQS is None else keep_XNQS.reshape(X, G, N // G * Q, S)
+    o_XGPH = _attention(name, dropout, q_XGPH, k_XGSH, v_XGSH, mask_XQS, null_GP, keep_XGPS)
     return o_XGPH.reshape(X, G, N // G, Q, H).transpose(0, 3, 1, 2, 4).reshape(X, Q, N, H)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _attention(
+    name: str,
     dropout: float,
     q_XGPH: jax.Array,
     k_XGSH: jax.Array,
@@ -126,12 +126,13 @@ def _forward(
     return o, lse
 
 
-def _attention_fwd(dropout, q_XGPH, k_XGSH, v_XGSH, mask_XQS, null_GP, keep_XGPS):  # type: ignore[no-untyped-def]
+def _attention_fwd(name, dropout, q_XGPH, k_XGSH, v_XGSH, mask_XQS, null_GP, keep_XGPS):  # type: ignore[no-untyped-def]
     o, lse = _forward(dropout, q_XGPH, k_XGSH, v_XGSH, mask_XQS, null_GP, keep_XGPS)
+    o, lse = checkpoint_name(o, f"{name}_out"), checkpoint_name(lse, f"{name}_lse")
     return o, (q_XGPH, k_XGSH, v_XGSH, mask_XQS, null_GP, keep_XGPS, o, lse)
 
 
-def _attention_bwd(dropout, residuals, do_XGPH):  # type: ignore[no-untyped-def]
+def _attention_bwd(name, dropout, residuals, do_XGPH):  # type: ignore[no-untyped-def]
     q, k, v, mask, null_GP, keep, o, lse = residuals
     weights = jnp.exp(_scores(q, k, mask) - lse)  # exactly 0 where masked and in dead rows
     delta = (do_XGPH.astype(lse.dtype) * o.astype(lse.dtype)).sum(-1, keepdims=True)

@@ -8,6 +8,7 @@ import jax
 
 from retro_jax.kernels.choice import choose
 from retro_jax.kernels.chunked_cross_attention import reference, xla
+from retro_jax.kernels.dropout import kept_weights
 
 Implementation = Literal["reference", "xla"]
 IMPLEMENTATIONS = {"reference": reference.chunked_cross_attention, "xla": xla.chunked_cross_attention}
@@ -21,9 +22,10 @@ def chunked_cross_attention(
     null_logit_N: jax.Array | None = None,
     *,
     chunk_len: int,
-    first_chunk_len_B: jax.Array | None = None,
+    first_chunk_len: jax.Array | int | None = None,
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
+    query_numbers_BTN: jax.Array | None = None,
     implementation: Implementation | None = None,
 ) -> jax.Array:
     """Attention of each token to the neighbours of the chunk that ended last at or before it (RETRO, section 2.4).
@@ -37,8 +39,10 @@ def chunked_cross_attention(
         key_mask_BLS: bool, False for padding and absent neighbours.
         null_logit_N: a learned logit a head for attending to nothing.
         chunk_len: C.
-        first_chunk_len_B: int32 in 1..C; None: C in every row, and T = L * C.
+        first_chunk_len: int32 [B] in 1..C, or one number for all rows; None: C, and T = L * C. With the number 0, chunk 0 ended
+            just before the row's first token: it is the last chunk of the row's part on another device.
         dropout, dropout_key: dropout on the attention weights.
+        query_numbers_BTN: uint32, each query's number in the whole batch, which says what is dropped for it; None: its place.
         implementation: a name runs or raises; None takes "xla".
 
     Returns:
@@ -53,8 +57,11 @@ def chunked_cross_attention(
             f"chunked_cross_attention: q {q_BTNH.shape}, k {k_BLSGH.shape}, v {v_BLSGH.shape}, mask {key_mask_BLS.shape} "
             "do not fit [B,T,N,H], [B,L,S,G,H], [B,L,S], N % G == 0"
         )
-    if first_chunk_len_B is None and T != L * chunk_len:
-        raise ValueError(f"chunked_cross_attention: {T} tokens are not {L} chunks of {chunk_len}; give first_chunk_len_B")
+    if first_chunk_len is None:
+        if T != L * chunk_len:
+            raise ValueError(f"chunked_cross_attention: {T} tokens are not {L} chunks of {chunk_len}; give first_chunk_len")
+        first_chunk_len = chunk_len
+    keep_BTNS = kept_weights("chunked_cross_attention", dropout, dropout_key, query_numbers_BTN, (B, T, N), S)
     run = choose("chunked_cross_attention", IMPLEMENTATIONS, implementation)
     return run(
         q_BTNH,
@@ -63,7 +70,7 @@ def chunked_cross_attention(
         key_mask_BLS,
         null_logit_N,
         chunk_len=chunk_len,
-        first_chunk_len_B=first_chunk_len_B,
+        first_chunk_len=first_chunk_len,
         dropout=dropout,
-        dropout_key=dropout_key,
+        keep_BTNS=keep_BTNS,
     )

@@ -16,14 +16,14 @@ def chunked_cross_attention(
     null_logit_N: jax.Array | None,
     *,
     chunk_len: int,
-    first_chunk_len_B: jax.Array | None,
+    first_chunk_len: jax.Array | int,
     dropout: float = 0.0,
-    dropout_key: jax.Array | None = None,
+    keep_BTNS: jax.Array | None = None,
 ) -> jax.Array:
     """See :func:`retro_jax.kernels.chunked_cross_attention.chunked_cross_attention`; memory grows with T * S."""
     B, T, N, H = q_BTNH.shape
     L, S, G = k_BLSGH.shape[1:4]
-    first_B = jnp.full((B,), chunk_len, jnp.int32) if first_chunk_len_B is None else first_chunk_len_B
+    first_B = jnp.broadcast_to(jnp.asarray(first_chunk_len, jnp.int32), (B,))
     chunk_BT = (jnp.arange(T, dtype=jnp.int32)[None, :] - first_B[:, None] + 1) // chunk_len
     reads_BT = (chunk_BT >= 0) & (chunk_BT < L)
     rows_B1 = jnp.arange(B)[:, None]
@@ -35,7 +35,8 @@ def chunked_cross_attention(
         v_BLSGH[rows_B1, read].reshape(B * T, S, G, H),
         mask_BTS.reshape(B * T, 1, S),
         null_logit_N,
+        name="cca",
         dropout=dropout,
-        dropout_key=dropout_key,
+        keep_XNQS=None if keep_BTNS is None else keep_BTNS.reshape(B * T, N, 1, S),
     )
     return o.reshape(B, T, N, H)

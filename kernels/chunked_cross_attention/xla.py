@@ -17,46 +17,54 @@ def chunked_cross_attention(
     null_logit_N: jax.Array | None,
     *,
     chunk_len: int,
-    first_chunk_len_B: jax.Array | None,
+    first_chunk_len: jax.Array | int,
     dropout: float = 0.0,
-    dropout_key: jax.Array | None = None,
+    keep_BTNS: jax.Array | None = None,
 ) -> jax.Array:
     """See :func:`retro_jax.kernels.chunked_cross_attention.chunked_cross_attention`."""
     B, T, N, H = q_BTNH.shape
     L, S, G = k_BLSGH.shape[1:4]
-    readers = to_readers(q_BTNH, L, chunk_len, first_chunk_len_B)
+    readers = to_readers(q_BTNH, L, chunk_len, first_chunk_len)
+    keep_XNCS = None
+    if keep_BTNS is not None:
+        keep_BWNS = to_readers(keep_BTNS, L, chunk_len, first_chunk_len)
+        keep_XNCS = keep_BWNS.reshape(B * L, chunk_len, N, S).swapaxes(1, 2)
     o = attention_xla.attention(
         readers.reshape(B * L, chunk_len, N, H),
         k_BLSGH.reshape(B * L, S, G, H),
         v_BLSGH.reshape(B * L, S, G, H),
         key_mask_BLS.reshape(B * L, 1, S),
         null_logit_N,
+        name="cca",
         dropout=dropout,
-        dropout_key=dropout_key,
+        keep_XNQS=keep_XNCS,
     )
-    return from_readers(o.reshape(B, L * chunk_len, N, H), T, chunk_len, first_chunk_len_B)
+    return from_readers(o.reshape(B, L * chunk_len, N, H), T, first_chunk_len)
 
 
-def to_readers(x_BTNH: jax.Array, num_chunks: int, chunk_len: int, first_chunk_len_B: jax.Array | None) -> jax.Array:
-    """[B, T, ...] to [B, L * C, ...]: row f - 1 + i at place i, zeros past the row's end."""
+def to_readers(x_BTNH: jax.Array, num_chunks: int, chunk_len: int, first_chunk_len: jax.Array | int) -> jax.Array:
+    """[B, T, ...] to [B, L * C, ...]: row f - 1 + i at place i, zeros before the row's start and past its end."""
     T = x_BTNH.shape[1]
     width = num_chunks * chunk_len
-    if first_chunk_len_B is None:
-        return _pad(x_BTNH[:, chunk_len - 1 :], 0, width - (T - chunk_len + 1))
-    at_BW = first_chunk_len_B[:, None] - 1 + jnp.arange(width, dtype=jnp.int32)[None, :]
+    if isinstance(first_chunk_len, int):
+        return _moved(x_BTNH, first_chunk_len - 1, width)
+    at_BW = first_chunk_len[:, None] - 1 + jnp.arange(width, dtype=jnp.int32)[None, :]
     moved = jnp.take_along_axis(x_BTNH, jnp.clip(at_BW, 0, T - 1)[:, :, None, None], axis=1)
     return jnp.where((at_BW < T)[:, :, None, None], moved, jnp.zeros_like(moved))
 
 
-def from_readers(o_BWNH: jax.Array, length: int, chunk_len: int, first_chunk_len_B: jax.Array | None) -> jax.Array:
+def from_readers(o_BWNH: jax.Array, length: int, first_chunk_len: jax.Array | int) -> jax.Array:
     """The inverse of :func:`to_readers`: zeros before row f - 1, and past the last chunk's readers."""
     width = o_BWNH.shape[1]
-    if first_chunk_len_B is None:
-        return _pad(o_BWNH[:, : length - chunk_len + 1], chunk_len - 1, 0)
-    at_BT = jnp.arange(length, dtype=jnp.int32)[None, :] - first_chunk_len_B[:, None] + 1
+    if isinstance(first_chunk_len, int):
+        return _moved(o_BWNH, 1 - first_chunk_len, length)
+    at_BT = jnp.arange(length, dtype=jnp.int32)[None, :] - first_chunk_len[:, None] + 1
     moved = jnp.take_along_axis(o_BWNH, jnp.clip(at_BT, 0, width - 1)[:, :, None, None], axis=1)
     return jnp.where(((at_BT >= 0) & (at_BT < width))[:, :, None, None], moved, jnp.zeros_like(moved))
 
 
-def _pad(x: jax.Array, before: int, after: int) -> jax.Array:
-    return jnp.pad(x, ((0, 0), (before, after), *((0, 0),) * (x.ndim - 2)))
+def _moved(x: jax.Array, start: int, length: int) -> jax.Array:
+    """Rows ``start`` to ``start + length`` of dim 1, zeros where there are none."""
+    before, after = max(0, -start), max(0, start + length - x.shape[1])
+    inside = x[:, max(0, start) : min(x.shape[1], start + length)]
+    return jnp.pad(inside, ((0, 0), (before, after), *((0, 0),) * (x.ndim - 2)))

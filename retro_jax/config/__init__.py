@@ -20,7 +20,9 @@ from retro_jax.config.data import (
     Split,
     TokenizerConfig,
 )
+from retro_jax.config.mesh import MeshConfig
 from retro_jax.config.model import Activation, EncoderConfig, Implementation, ModelConfig, Norm, Positions, RetroConfig
+from retro_jax.config.recompute import Part, Recompute, RecomputePolicy
 from retro_jax.config.run import Config, resolved
 from retro_jax.config.training import Baseline, EvalConfig, OptimizerConfig, TrainConfig, Trained
 
@@ -36,10 +38,14 @@ __all__ = [
     "EncoderConfig",
     "EvalConfig",
     "Implementation",
+    "MeshConfig",
     "ModelConfig",
     "Norm",
     "OptimizerConfig",
+    "Part",
     "Positions",
+    "Recompute",
+    "RecomputePolicy",
     "RetrievalConfig",
     "RetroConfig",
     "Split",

@@ -7,6 +7,7 @@ from typing import Literal, get_args
 
 from retro_jax.config.checks import check, check_choice, check_fraction, check_positive
 from retro_jax.config.data import ChunkConfig
+from retro_jax.config.recompute import RecomputePolicy, check_recompute
 
 Norm = Literal["layernorm", "layernorm1p", "rmsnorm"]
 Positions = Literal["rotary", "learned", "none"]
@@ -107,6 +108,10 @@ class ModelConfig:
     heads (MHA). ``head_dim`` None: ``width // num_heads``. ``ffn_dim`` None: 4 x width. ``rotary_fraction`` is the share of a
     head's dims that rotate, ``rotary_scale`` divides positions (linear interpolation). ``qkv_bias``: biases of queries, keys and
     values; None: as ``linear_bias`` (Qwen2 has these alone).
+
+    ``recompute``: what of a layer the backward pass computes again to save memory. "none": nothing. "selective": what is cheap:
+    scores and weights of attention, norms, activations. "full": the whole layer. "offload": as selective, what is saved lies in
+    the host's memory. ``recompute_names``: exceptions such as "ffn_up=recompute" (names: :mod:`retro_jax.config.recompute`).
     """
 
     vocab_size: int | None = None
@@ -133,6 +138,8 @@ class ModelConfig:
     attention_dropout: float = 0.0
     init_std: float = 0.02
     implementation: Implementation | None = None
+    recompute: RecomputePolicy = "none"
+    recompute_names: tuple[str, ...] = ()
     retro: RetroConfig | None = field(default_factory=RetroConfig)
 
     def __post_init__(self) -> None:
@@ -147,6 +154,7 @@ class ModelConfig:
         check_choice(self, "activation", get_args(Activation))
         if self.implementation is not None:
             check_choice(self, "implementation", get_args(Implementation))
+        check_recompute(self, self.recompute, self.recompute_names)
         check_fraction(self, "dropout", "attention_dropout")
         check(
             0.0 < self.rotary_fraction <= 1.0, f"ModelConfig.rotary_fraction={self.rotary_fraction} must be above 0 and at most 1"

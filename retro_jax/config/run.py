@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from retro_jax.config.checks import check
 from retro_jax.config.data import ChunkConfig, CorpusConfig, DataConfig, RetrievalConfig, TokenizerConfig
+from retro_jax.config.mesh import MeshConfig
 from retro_jax.config.model import ModelConfig
 from retro_jax.config.training import EvalConfig, OptimizerConfig, TrainConfig
 
@@ -24,6 +25,7 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     training: TrainConfig = field(default_factory=TrainConfig)
+    mesh: MeshConfig = field(default_factory=MeshConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
 
     def __post_init__(self) -> None:
@@ -57,11 +59,7 @@ class Config:
             f"EvalConfig.overlap_neighbours={self.evaluation.overlap_neighbours} is above "
             f"RetrievalConfig.saved={self.retrieval.saved}; save at least as many",
         )
-        check(
-            self.data.batch_size % self.training.accumulate == 0,
-            f"DataConfig.batch_size={self.data.batch_size} is not a multiple of "
-            f"TrainConfig.accumulate={self.training.accumulate}; change one of them",
-        )
+        self._check_mesh()
         if self.training.trained == "retrieval":
             check(
                 self.model.retro is not None and self.model.retro.gate != 0.0,
@@ -74,6 +72,31 @@ class Config:
                 self.model.max_positions >= longest,
                 f"ModelConfig.max_positions={self.model.max_positions} is below the longest row, {longest}; raise it",
             )
+
+    def _check_mesh(self) -> None:
+        mesh, m = self.mesh, self.chunks.chunk_len
+        parts = mesh.data * mesh.fsdp * self.training.accumulate
+        check(
+            self.data.batch_size % parts == 0,
+            f"DataConfig.batch_size={self.data.batch_size} is not a multiple of MeshConfig.data * fsdp * "
+            f"TrainConfig.accumulate = {mesh.data} * {mesh.fsdp} * {self.training.accumulate}; "
+            f"use {max(1, round(self.data.batch_size / parts)) * parts}",
+        )
+        check(
+            self.data.seq_len % (m * mesh.sequence) == 0,
+            f"DataConfig.seq_len={self.data.seq_len} is not a multiple of ChunkConfig.chunk_len * MeshConfig.sequence = "
+            f"{m} * {mesh.sequence}; use {max(1, round(self.data.seq_len / (m * mesh.sequence))) * m * mesh.sequence}",
+        )
+        check(
+            self.data.seq_len // mesh.sequence % mesh.tensor == 0,
+            f"DataConfig.seq_len={self.data.seq_len} is not a multiple of MeshConfig.sequence * tensor = "
+            f"{mesh.sequence} * {mesh.tensor}; change one of them",
+        )
+        check(
+            self.model.retro is None or self.chunks.retrieved_len % mesh.tensor == 0,
+            f"ChunkConfig.retrieved_len={self.chunks.retrieved_len} is not a multiple of MeshConfig.tensor={mesh.tensor}; "
+            "change one of them",
+        )
 
 
 def resolved(config: object) -> dict:

@@ -1,7 +1,7 @@
 """The training pipeline: shuffled, mixed, repeated rows, read ahead in threads or processes, continued bit-equal.
 
-The order of rows depends on the seed, the weights and the batch size alone: not on hosts, workers or how often it was
-stopped. Row numbers are batched first and every host gathers its own share of a batch, all chunks of it at once.
+The order of rows depends on the seed, the weights and the batch size alone: not on processes, workers or how often it was
+stopped. Row numbers are batched first and every process gathers its own share of a batch, all chunks of it at once.
 """
 
 from __future__ import annotations
@@ -24,15 +24,16 @@ from retro_jax.data.training_rows import TrainingRows
 from retro_jax.errors import UserError
 
 THREADS = 2
+ALL = slice(None)
 
 BatchAndIds = tuple[Batch, np.ndarray]
 
 
 class TrainingBatches(grain.DatasetIterator[BatchAndIds]):
-    """Endless batches: (Batch of NumPy arrays with this host's rows, chunk ids int64 [B, L]).
+    """Endless batches: (Batch of NumPy arrays with this process's rows, chunk ids int64 [B, L]).
 
     A grain iterator, so that ``grain.checkpoint.CheckpointSave(batches)`` stores it and ``CheckpointRestore`` continues it.
-    Its state is the number of the next batch: the same on every host and for every number of workers.
+    Its state is the number of the next batch: the same on every process and for every number of workers.
     """
 
     def __init__(self, batches: grain.MapDataset[BatchAndIds], config: DataConfig, *, num_rows: int) -> None:
@@ -98,30 +99,18 @@ def training_batches(
     config: DataConfig,
     *,
     weights: Sequence[float] | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
+    rows_here: slice = ALL,
 ) -> TrainingBatches:
-    """Batches of ``config.batch_size`` rows over all hosts; each host gets its contiguous share of them.
+    """Batches of ``config.batch_size`` rows over all processes; each reads its contiguous share of them.
 
     Args:
         rows: the rows of an epoch.
         reader: the train split's tables; without neighbours it gives a plain GPT the identical rows.
         config: seed, batch size, workers and prefetch.
         weights: each source's share of rows; None: every row once an epoch. Rows are reshuffled each epoch.
-        process_index: this host.
-        process_count: number of hosts.
-
-    Raises:
-        UserError: the batch cannot be divided among the hosts.
+        rows_here: which rows of a batch this process reads.
     """
-    if config.batch_size % process_count:
-        raise UserError(
-            f"DataConfig.batch_size={config.batch_size} is not a multiple of the {process_count} hosts; "
-            f"use {max(1, config.batch_size // process_count) * process_count}"
-        )
-    share = config.batch_size // process_count
-    local = slice(process_index * share, (process_index + 1) * share)
-    batches = row_numbers(rows, config.seed, weights).batch(config.batch_size).map(_Read(rows, reader, local))
+    batches = row_numbers(rows, config.seed, weights).batch(config.batch_size).map(_Read(rows, reader, rows_here))
     return TrainingBatches(batches, config, num_rows=len(rows))
 
 
@@ -139,14 +128,14 @@ def row_numbers(rows: TrainingRows, seed: int, weights: Sequence[float] | None) 
 
 @dataclass(frozen=True)
 class _Read:
-    """From the row numbers of a global batch to this host's batch."""
+    """From the row numbers of a whole batch to this process's part of it."""
 
     rows: TrainingRows
     reader: RowReader
-    local: slice
+    here: slice
 
     def __call__(self, rows_B: np.ndarray) -> BatchAndIds:
-        chunk_ids_BL = self.rows.chunk_ids(rows_B[self.local])
+        chunk_ids_BL = self.rows.chunk_ids(rows_B[self.here])
         return self.reader.read(chunk_ids_BL), chunk_ids_BL
 
 

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from retro_jax.config import Activation, Implementation, ModelConfig, Positions
+from retro_jax.config import Activation, Implementation, ModelConfig, Positions, Recompute
 from retro_jax.kernels.attention import attention
-from retro_jax.model.layers import Linear, activate, dropout, normal, residual_std, rotate, split_key
+from retro_jax.model.layers import (
+    Linear,
+    Noise,
+    activate,
+    dropout,
+    gathered,
+    normal,
+    parts,
+    project_in,
+    project_out,
+    residual_std,
+    rotate,
+)
+from retro_jax.parallel.axes import SEQUENCE, TENSOR, axis_index, axis_size
+from retro_jax.parallel.collectives import gather_row, gathered_again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +50,7 @@ class BlockShape:
     init_std: float
     out_std: float
     implementation: Implementation | None
+    recompute: Recompute
 
     @classmethod
     def of_decoder(cls, config: ModelConfig) -> BlockShape:
@@ -56,6 +73,7 @@ class BlockShape:
             init_std=config.init_std,
             out_std=residual_std(config.init_std, config.num_layers),
             implementation=config.implementation,
+            recompute=Recompute.of(config.recompute, config.recompute_names),
         )
 
 
@@ -71,6 +89,23 @@ class AttentionProjections(nnx.Module):
         self.key_value = Linear(kv_dims, (kv_width,), (2, G, H), bias=bias, init=init, key=keys[1])
         self.out = Linear("heads head_dim width", (N, H), (D,), bias=shape.bias, init=normal(shape.out_std), key=keys[2])
 
+    def project_keys_and_values(self, x_XTD: jax.Array) -> jax.Array:
+        """[X, T, 2, G, H] of the key/value heads that this device's query heads read."""
+        weight_D2GH, bias_2GH = self.key_value_arrays()
+        kv = jnp.tensordot(x_XTD, weight_D2GH, 1)
+        return kv if bias_2GH is None else kv + bias_2GH[None, None]
+
+    def key_value_arrays(self) -> tuple[jax.Array, jax.Array | None]:
+        """Weight and bias of those heads. Where there are fewer key/value heads than devices along ``tensor``, each device has
+        them all, and takes the one that its query heads read."""
+        weight, bias = gathered(self.key_value.weight), None if self.key_value.bias is None else self.key_value.bias[...]
+        devices, heads = axis_size(TENSOR), self.key_value.weight.whole[2]
+        if devices > 1 and weight.shape[2] == heads:
+            taken = axis_index(TENSOR) * heads // devices
+            weight = jax.lax.dynamic_slice_in_dim(weight, taken, 1, 2)
+            bias = None if bias is None else jax.lax.dynamic_slice_in_dim(bias, taken, 1, 1)
+        return weight, bias
+
 
 class SelfAttention(AttentionProjections):
     """Self-attention within X rows; the mask says who sees whom."""
@@ -79,25 +114,38 @@ class SelfAttention(AttentionProjections):
         super().__init__(shape, shape.width, key=key)
         self.shape = shape
 
-    def __call__(self, x_XTD: jax.Array, mask_XQS: jax.Array | None, positions_XT: jax.Array, key: jax.Array | None) -> jax.Array:
+    def __call__(
+        self,
+        x_XTD: jax.Array,
+        mask_XQS: jax.Array | None,
+        positions_XT: jax.Array,
+        noise: Noise | None,
+        *,
+        in_parts: bool = False,
+    ) -> jax.Array:
+        """What attention adds to the stream.
+
+        Args:
+            x_XTD: the normed stream, this device's share of the tokens.
+            mask_XQS: which of these rows' tokens may see which.
+            positions_XT: of all tokens that the devices along ``tensor`` hold together.
+            noise: for dropout.
+            in_parts: the devices along ``sequence`` hold parts of the rows: keys and values of whole rows are gathered, and S
+                counts the whole row's tokens.
+        """
         shape = self.shape
-        q_XTNH = self.query(x_XTD)
-        kv_XT2GH = self.key_value(x_XTD)
+        part = shape.recompute.part("attention")
+        q_XTNH, kv_XT2GH = project_in(x_XTD, self.query, self.project_keys_and_values, part=part)
         k_XTGH, v_XTGH = kv_XT2GH[:, :, 0], kv_XT2GH[:, :, 1]
         if shape.positions == "rotary":
             rotary = {"fraction": shape.rotary_fraction, "base": shape.rotary_base, "scale": shape.rotary_scale}
             q_XTNH, k_XTGH = rotate(q_XTNH, positions_XT, **rotary), rotate(k_XTGH, positions_XT, **rotary)
-        weights_key, out_key = split_key(key, 2)
-        o_XTNH = attention(
-            q_XTNH,
-            k_XTGH,
-            v_XTGH,
-            mask_XQS,
-            dropout=shape.attention_dropout if key is not None else 0.0,
-            dropout_key=weights_key,
-            implementation=shape.implementation,
-        )
-        return dropout(self.out(o_XTNH), shape.dropout, out_key)
+        q_XTNH, k_XTGH, v_XTGH = name_operands("attention", q_XTNH, k_XTGH, v_XTGH)
+        if in_parts:
+            k_XTGH, v_XTGH = gather_row(k_XTGH), gather_row(v_XTGH)
+        weights_noise, out_noise = parts(noise, 2)
+        o_XTNH = attend(q_XTNH, k_XTGH, v_XTGH, mask_XQS, shape, weights_noise)
+        return dropout(project_out(o_XTNH, self.out, part), shape.dropout, out_noise)
 
 
 class CrossAttention(AttentionProjections):
@@ -107,19 +155,16 @@ class CrossAttention(AttentionProjections):
         super().__init__(shape, kv_width, key=key)
         self.shape, self.attention_dropout = shape, attention_dropout
 
-    def __call__(self, x_XQD: jax.Array, context_XSD: jax.Array, mask_XQS: jax.Array | None, key: jax.Array | None) -> jax.Array:
-        kv = self.key_value(context_XSD)
-        weights_key, out_key = split_key(key, 2)
-        o = attention(
-            self.query(x_XQD),
-            kv[:, :, 0],
-            kv[:, :, 1],
-            mask_XQS,
-            dropout=self.attention_dropout if key is not None else 0.0,
-            dropout_key=weights_key,
-            implementation=self.shape.implementation,
-        )
-        return dropout(self.out(o), self.shape.dropout, out_key)
+    def __call__(self, x_XQD: jax.Array, context_XSD: jax.Array, mask_XQS: jax.Array | None, noise: Noise | None) -> jax.Array:
+        """What the tokens x read; ``context_XSD`` is whole, x this device's share of the tokens."""
+        shape = dataclasses.replace(self.shape, attention_dropout=self.attention_dropout)
+        part = shape.recompute.part("cross")
+        (q_XQNH,) = project_in(x_XQD, self.query, part=part)
+        kv = gathered_again(self.project_keys_and_values, part.gathers_again)(context_XSD)
+        q_XQNH, k_XSGH, v_XSGH = name_operands("cross", q_XQNH, kv[:, :, 0], kv[:, :, 1])
+        weights_noise, out_noise = parts(noise, 2)
+        o = attend(q_XQNH, k_XSGH, v_XSGH, mask_XQS, shape, weights_noise, name="cross")
+        return dropout(project_out(o, self.out, part), shape.dropout, out_noise)
 
 
 class FeedForward(nnx.Module):
@@ -134,13 +179,50 @@ class FeedForward(nnx.Module):
         self.down = Linear("ffn width", (F,), (D,), bias=shape.bias, init=normal(shape.out_std), key=down_key)
         self.shape = shape
 
-    def __call__(self, x: jax.Array, key: jax.Array | None) -> jax.Array:
-        return dropout(self.down(activate(self.up(x), self.shape.activation)), self.shape.dropout, key)
+    def __call__(self, x_XTD: jax.Array, noise: Noise | None) -> jax.Array:
+        shape = self.shape
+        part = shape.recompute.part("ffn")
+        (up,) = project_in(x_XTD, self.up, part=part)
+        active = activate(checkpoint_name(up, "ffn_up"), shape.activation)
+        return dropout(project_out(active, self.down, part), shape.dropout, noise)
+
+
+def name_operands(part: str, q: jax.Array, k: jax.Array, v: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Queries, keys and values of a sub-layer under the names that a recomputation policy knows."""
+    return checkpoint_name(q, f"{part}_query"), checkpoint_name(k, f"{part}_key"), checkpoint_name(v, f"{part}_value")
+
+
+def attend(
+    q_XQNH: jax.Array,
+    k_XSGH: jax.Array,
+    v_XSGH: jax.Array,
+    mask_XQS: jax.Array | None,
+    shape: BlockShape,
+    noise: Noise | None,
+    name: str = "attention",
+) -> jax.Array:
+    """Attention as the shape says, with dropout where there is noise."""
+    return attention(
+        q_XQNH,
+        k_XSGH,
+        v_XSGH,
+        mask_XQS,
+        dropout=0.0 if noise is None else shape.attention_dropout,
+        dropout_key=None if noise is None else noise.key,
+        query_numbers_XQN=None if noise is None else noise.queries(q_XQNH.shape[2]),
+        name=name,
+        implementation=shape.implementation,
+    )
 
 
 def causal_mask(segments_BT: jax.Array) -> jax.Array:
-    """bool [B, T, T]: a token sees itself and what came before it in its document; padding sees and shows nothing."""
+    """bool [B, T, S]: a token sees itself and what came before it in its document; padding sees and shows nothing.
+
+    S counts the tokens of the whole row, of which the devices along ``sequence`` have T each.
+    """
     T = segments_BT.shape[1]
-    causal = jnp.arange(T, dtype=jnp.int32)[:, None] >= jnp.arange(T, dtype=jnp.int32)[None, :]
-    same = (segments_BT[:, :, None] == segments_BT[:, None, :]) & (segments_BT > 0)[:, :, None]
-    return causal[None] & same
+    whole_BS = gather_row(segments_BT)
+    place_T = axis_index(SEQUENCE) * T + jnp.arange(T, dtype=jnp.int32)
+    causal_TS = place_T[:, None] >= jnp.arange(whole_BS.shape[1], dtype=jnp.int32)[None, :]
+    same = (segments_BT[:, :, None] == whole_BS[:, None, :]) & (segments_BT > 0)[:, :, None]
+    return causal_TS[None] & same

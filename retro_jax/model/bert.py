@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from retro_jax.config import Activation
+from retro_jax.config import Activation, Recompute
 from retro_jax.kernels.precision import accumulation_dtype
 from retro_jax.model.attention import BlockShape, FeedForward, SelfAttention
 from retro_jax.model.layers import Embedding, Linear, NormLayer, normal
@@ -52,6 +52,7 @@ class BertShape:
             init_std=self.init_std,
             out_std=self.init_std,
             implementation=None,
+            recompute=Recompute(),
         )
 
 

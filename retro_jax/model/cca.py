@@ -9,13 +9,29 @@ import jax.numpy as jnp
 
 from retro_jax.config import ModelConfig
 from retro_jax.kernels.chunked_cross_attention import chunked_cross_attention
-from retro_jax.model.attention import AttentionProjections, BlockShape
+from retro_jax.model.attention import AttentionProjections, BlockShape, name_operands
 from retro_jax.model.grid import reader_positions
-from retro_jax.model.layers import Initializer, constant, dropout, parameter, rotate, split_key
+from retro_jax.model.layers import (
+    Initializer,
+    Noise,
+    constant,
+    dropout,
+    gathered,
+    parameter,
+    parts,
+    project_in,
+    project_out,
+    rotate,
+)
+from retro_jax.parallel.axes import SEQUENCE, axis_size
+from retro_jax.parallel.collectives import from_part_before, gathered_again, own_tokens
 
 
 class Neighbours(NamedTuple):
-    """What CCA reads: encoded neighbours, which of their tokens are valid, and which tokens of the row read at all."""
+    """What CCA reads: encoded neighbours, which of their tokens are valid, and which tokens of the row read at all.
+
+    Where the devices along ``sequence`` hold parts of the rows, the first of the L chunks is the last one of the part before.
+    """
 
     encoded_BLKRD: jax.Array
     mask_BLKR: jax.Array
@@ -45,17 +61,22 @@ class ChunkedCrossAttention(AttentionProjections):
         if retro.cca_init == "copy":
             self._start_copying(config, neighbour_width, start_key)
 
-    def __call__(self, x_BTD: jax.Array, neighbours: Neighbours, key: jax.Array | None) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, neighbours: Neighbours, noise: Noise | None) -> jax.Array:
+        """What CCA adds to the stream; ``x_BTD``, normed, is this device's share of the tokens."""
         shape, retro, chunk_len = self.shape, self.retro, self.retro.chunks.chunk_len
         B, L, K, R, _ = neighbours.encoded_BLKRD.shape
-        T = x_BTD.shape[1]
-        weights_key, out_key = split_key(key, 2)
-        q_BTNH = self.query(self._mix_queries(x_BTD, neighbours.segments_BT))
-        k_XRGH, v_XRGH = self._keys_and_values(neighbours.encoded_BLKRD.reshape(B * L * K, R, -1))
+        first_chunk_len = 0 if axis_size(SEQUENCE) > 1 else neighbours.first_chunk_len_B
+        weights_noise, out_noise = parts(noise, 2)
+        part = shape.recompute.part("cca")
+        (q_BTNH,) = project_in(x_BTD, lambda x_BTD: self.query(self._mix_queries(x_BTD, neighbours.segments_BT)), part=part)
+        keys_and_values = gathered_again(self._keys_and_values, part.gathers_again)
+        k_XRGH, v_XRGH = keys_and_values(neighbours.encoded_BLKRD.reshape(B * L * K, R, -1))
         if retro.cca_positions == "rotary":
             rotary = {"fraction": shape.rotary_fraction, "base": shape.rotary_base, "scale": 1.0}
-            q_BTNH = rotate(q_BTNH, reader_positions(T, chunk_len, neighbours.first_chunk_len_B), **rotary)
+            readers_XT = reader_positions(q_BTNH.shape[1], chunk_len, first_chunk_len)
+            q_BTNH = rotate(q_BTNH, readers_XT, **rotary)
             k_XRGH = rotate(k_XRGH, jnp.arange(R, dtype=jnp.int32)[None, :], **rotary)
+        q_BTNH, k_XRGH, v_XRGH = name_operands("cca", q_BTNH, k_XRGH, v_XRGH)
         o_BTNH = chunked_cross_attention(
             q_BTNH,
             k_XRGH.reshape(B, L, K * R, *k_XRGH.shape[2:]),
@@ -63,26 +84,33 @@ class ChunkedCrossAttention(AttentionProjections):
             neighbours.mask_BLKR.reshape(B, L, K * R),
             None if self.null_logit is None else self.null_logit[...],
             chunk_len=chunk_len,
-            first_chunk_len_B=neighbours.first_chunk_len_B,
-            dropout=shape.attention_dropout if key is not None else 0.0,
-            dropout_key=weights_key,
+            first_chunk_len=first_chunk_len,
+            dropout=0.0 if weights_noise is None else shape.attention_dropout,
+            dropout_key=None if weights_noise is None else weights_noise.key,
+            query_numbers_BTN=None if weights_noise is None else weights_noise.queries(q_BTNH.shape[2]),
             implementation=shape.implementation,
         )
-        y_BTD = dropout(self.out(o_BTNH), shape.dropout, out_key)
+        y_BTD = dropout(project_out(o_BTNH, self.out, part), shape.dropout, out_noise)
         gate = self.gate[...] if self.gate is not None else jnp.asarray(retro.gate, y_BTD.dtype)
-        return jnp.where(neighbours.reads_BT[:, :, None], y_BTD * gate, jnp.zeros_like(y_BTD))
+        reads_BT1 = own_tokens(neighbours.reads_BT)[:, :, None]
+        return jnp.where(reads_BT1, y_BTD * gate, jnp.zeros_like(y_BTD))
 
     def _keys_and_values(self, e_XRD: jax.Array) -> tuple[jax.Array, jax.Array]:
         if self.key_conv is None:
-            kv = self.key_value(e_XRD)
+            kv = self.project_keys_and_values(e_XRD)
             return kv[:, :, 0], kv[:, :, 1]
-        weight, bias = self.key_value.weight[...], None if self.key_value.bias is None else self.key_value.bias[...]
-        mixed = causal_convolution(e_XRD, self.key_conv[...], None)
+        weight, bias = self.key_value_arrays()
+        mixed = causal_convolution(e_XRD, gathered(self.key_conv), jnp.zeros_like(e_XRD[:, :1]), None)
         k, v = jnp.tensordot(mixed, weight[:, 0], 1), jnp.tensordot(e_XRD, weight[:, 1], 1)
         return (k, v) if bias is None else (k + bias[None, None, 0], v + bias[None, None, 1])
 
     def _mix_queries(self, x_BTD: jax.Array, segments_BT: jax.Array) -> jax.Array:
-        return x_BTD if self.query_conv is None else causal_convolution(x_BTD, self.query_conv[...], segments_BT)
+        if self.query_conv is None:
+            return x_BTD
+        reach = self.query_conv.whole[0] - 1
+        last = (x_BTD[:, -reach:], segments_BT[:, -reach:])
+        before = jax.tree.map(from_part_before, last)  # a few tokens a row from the part before
+        return causal_convolution(x_BTD, gathered(self.query_conv), before[0], (segments_BT, before[1]))
 
     def _start_copying(self, config: ModelConfig, neighbour_width: int, key: jax.Array) -> None:
         N, H, D = config.num_heads, config.heads_dim, config.width
@@ -99,14 +127,30 @@ class ChunkedCrossAttention(AttentionProjections):
         self.out.weight[...] = self.retro.copy_strength * values.T.reshape(N, H, D)
 
 
-def causal_convolution(x_XTD: jax.Array, taps_WD: jax.Array, segments_XT: jax.Array | None) -> jax.Array:
-    """Depthwise causal convolution: y[t] = sum over w of taps[w] * x[t - w], within a document where segments are given."""
-    T = x_XTD.shape[1]
+def causal_convolution(
+    x_XTD: jax.Array, taps_WD: jax.Array, before_XUD: jax.Array, segments: tuple[jax.Array, jax.Array] | None
+) -> jax.Array:
+    """Depthwise causal convolution: y[t] = sum over w of taps[w] * x[t - w], within a document where segments are given.
+
+    Args:
+        before_XUD: the tokens that precede x; zeros precede them.
+        segments: of x and of the tokens before.
+    """
+    T, reach = x_XTD.shape[1], taps_WD.shape[0] - 1
+
+    def with_what_precedes(x: jax.Array, before: jax.Array) -> jax.Array:
+        missing = ((0, 0), (max(0, reach - before.shape[1]), 0), *((0, 0),) * (x.ndim - 2))
+        return jnp.concatenate([jnp.pad(before, missing), x], axis=1)
+
+    longer_XSD = with_what_precedes(x_XTD, before_XUD)
+    longer_XS = None if segments is None else with_what_precedes(*segments)
     y = x_XTD * taps_WD[0][None, None]
-    for back in range(1, taps_WD.shape[0]):
-        shifted = jnp.pad(x_XTD, ((0, 0), (back, 0), (0, 0)))[:, :T]
-        if segments_XT is not None:
-            same = jnp.pad(segments_XT, ((0, 0), (back, 0)))[:, :T] == segments_XT
+    for back in range(1, reach + 1):
+        start = longer_XSD.shape[1] - T - back
+        shifted = longer_XSD[:, start : start + T]
+        if segments is not None:
+            assert longer_XS is not None
+            same = longer_XS[:, start : start + T] == segments[0]
             shifted = jnp.where(same[:, :, None], shifted, jnp.zeros_like(shifted))
         y = y + shifted * taps_WD[back][None, None]
     return y

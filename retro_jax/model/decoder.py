@@ -5,20 +5,24 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from retro_jax.config import ModelConfig
 from retro_jax.model.attention import BlockShape, FeedForward, SelfAttention
 from retro_jax.model.cca import ChunkedCrossAttention, Neighbours
 from retro_jax.model.encoder import encoder_shape
-from retro_jax.model.layers import NormLayer, split_key
+from retro_jax.model.layers import Noise, NormLayer, parts
+from retro_jax.parallel.recompute import recomputed
 
 
 class Row(NamedTuple):
-    """What every decoder layer reads beside the residual stream."""
+    """What every decoder layer reads beside the residual stream: who sees whom, positions, and the rows' places in the batch."""
 
-    mask_BTT: jax.Array
+    mask_BTS: jax.Array
     positions_BT: jax.Array
+    numbers_B: jax.Array
 
 
 class DecoderLayer(nnx.Module):
@@ -27,6 +31,7 @@ class DecoderLayer(nnx.Module):
     def __init__(self, config: ModelConfig, *, cca: bool, key: jax.Array) -> None:
         shape = BlockShape.of_decoder(config)
         keys = jax.random.split(key, 6)
+        self.recompute = shape.recompute
         self.norm_attention = NormLayer(config.norm, config.width, config.norm_eps, key=keys[0])
         self.attention = SelfAttention(shape, key=keys[1])
         self.norm_cca = NormLayer(config.norm, config.width, config.norm_eps, key=keys[2]) if cca else None
@@ -34,19 +39,20 @@ class DecoderLayer(nnx.Module):
         self.norm_ffn = NormLayer(config.norm, config.width, config.norm_eps, key=keys[4])
         self.ffn = FeedForward(shape, key=keys[5])
 
-    def attend(self, x_BTD: jax.Array, row: Row, key: jax.Array | None) -> jax.Array:
+    def attend(self, x_BTD: jax.Array, row: Row, noise: Noise | None) -> jax.Array:
         """The residual stream after self-attention."""
-        return x_BTD + self.attention(self.norm_attention(x_BTD), row.mask_BTT, row.positions_BT, key)
+        read = self.attention(self.norm_attention(x_BTD), row.mask_BTS, row.positions_BT, noise, in_parts=True)
+        return checkpoint_name(x_BTD + read, "after_attention")
 
-    def finish(self, x_BTD: jax.Array, neighbours: Neighbours | None, keys: list[jax.Array | None]) -> jax.Array:
+    def finish(self, x_BTD: jax.Array, neighbours: Neighbours | None, noises: list[Noise | None]) -> jax.Array:
         """The residual stream after CCA, where the layer has it and there are neighbours, and feed-forward."""
         if self.cca is not None and self.norm_cca is not None and neighbours is not None:
-            x_BTD = x_BTD + self.cca(self.norm_cca(x_BTD), neighbours, keys[0])
-        return x_BTD + self.ffn(self.norm_ffn(x_BTD), keys[1])
+            x_BTD = checkpoint_name(x_BTD + self.cca(self.norm_cca(x_BTD), neighbours, noises[0]), "after_cca")
+        return x_BTD + self.ffn(self.norm_ffn(x_BTD), noises[1])
 
-    def __call__(self, x_BTD: jax.Array, row: Row, neighbours: Neighbours | None, key: jax.Array | None) -> jax.Array:
-        keys = split_key(key, 3)
-        return self.finish(self.attend(x_BTD, row, keys[0]), neighbours, keys[1:])
+    def __call__(self, x_BTD: jax.Array, row: Row, neighbours: Neighbours | None, noise: Noise | None) -> jax.Array:
+        noises = parts(noise, 3)
+        return self.finish(self.attend(x_BTD, row, noises[0]), neighbours, noises[1:])
 
 
 class Group(nnx.Module):
@@ -56,9 +62,9 @@ class Group(nnx.Module):
         keys = jax.random.split(key, len(pattern))
         self.layers = nnx.List(DecoderLayer(config, cca=cca, key=k) for cca, k in zip(pattern, keys, strict=True))
 
-    def __call__(self, x_BTD: jax.Array, row: Row, neighbours: Neighbours | None, key: jax.Array | None) -> jax.Array:
-        for layer, layer_key in zip(self.layers, split_key(key, len(self.layers)), strict=True):
-            x_BTD = layer(x_BTD, row, neighbours, layer_key)
+    def __call__(self, x_BTD: jax.Array, row: Row, neighbours: Neighbours | None, noise: Noise | None) -> jax.Array:
+        for layer, own in zip(self.layers, parts(noise, len(self.layers)), strict=True):
+            x_BTD = recomputed(layer, layer.recompute)(x_BTD, row, neighbours, own)
         return x_BTD
 
 
@@ -71,14 +77,14 @@ class Stack(nnx.Module):
         self.group = nnx.merge(graph, jax.vmap(lambda k: nnx.split(Group(config, pattern, key=k))[1])(keys))
         self.count = count
 
-    def __call__(self, x_BTD: jax.Array, row: Row, neighbours: Neighbours | None, key: jax.Array | None) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, row: Row, neighbours: Neighbours | None, noise: Noise | None) -> jax.Array:
         graph, state = nnx.split(self.group)
-        keys = None if key is None else jax.random.split(key, self.count)
 
-        def body(x: jax.Array, group: tuple[nnx.State, jax.Array | None]) -> tuple[jax.Array, None]:
-            return nnx.merge(graph, group[0])(x, row, neighbours, group[1]), None
+        def body(x: jax.Array, group: tuple[nnx.State, jax.Array]) -> tuple[jax.Array, None]:
+            own = None if noise is None else noise.part(group[1])
+            return nnx.merge(graph, group[0])(x, row, neighbours, own), None
 
-        return jax.lax.scan(body, x_BTD, (state, keys))[0]
+        return jax.lax.scan(body, x_BTD, (state, jnp.arange(self.count)))[0]
 
 
 def runs(num_layers: int, cca_layers: tuple[int, ...]) -> list[tuple[tuple[bool, ...], int]]:
@@ -110,8 +116,3 @@ def runs(num_layers: int, cca_layers: tuple[int, ...]) -> list[tuple[tuple[bool,
     if left := rest[period * count :]:
         cut.append((left, 1))
     return cut
-
-
-def key_for(key: jax.Array | None, number: int) -> jax.Array | None:
-    """The dropout key of part ``number`` of the model."""
-    return None if key is None else jax.random.fold_in(key, number)

@@ -7,10 +7,13 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from retro_jax.config import EncoderConfig, ModelConfig
 from retro_jax.model.attention import BlockShape, CrossAttention, FeedForward, SelfAttention
-from retro_jax.model.layers import Embedding, NormLayer, dropout, normal, split_key
+from retro_jax.model.layers import Embedding, Noise, NormLayer, dropout, normal, parts
+from retro_jax.parallel.axes import TENSOR, axis_size
+from retro_jax.parallel.recompute import recomputed
 
 
 def encoder_shape(config: ModelConfig) -> BlockShape:
@@ -41,7 +44,7 @@ class EncoderLayer(nnx.Module):
     def __init__(self, config: ModelConfig, encoder: EncoderConfig, *, conditioned: bool, key: jax.Array) -> None:
         shape = encoder_shape(config)
         keys = jax.random.split(key, 6)
-        self.cross_residual = encoder.cross_residual
+        self.cross_residual, self.recompute = encoder.cross_residual, shape.recompute
         self.norm_attention = NormLayer(config.norm, shape.width, config.norm_eps, key=keys[0])
         self.attention = SelfAttention(shape, key=keys[1])
         self.norm_cross = NormLayer(config.norm, shape.width, config.norm_eps, key=keys[2]) if conditioned else None
@@ -57,18 +60,31 @@ class EncoderLayer(nnx.Module):
         positions_1R: jax.Array,
         chunks_YCD: jax.Array,
         chunk_mask_Y1C: jax.Array | None,
-        key: jax.Array | None,
+        noise: Noise | None,
     ) -> jax.Array:
-        keys = split_key(key, 3)
-        e_XRD = e_XRD + self.attention(self.norm_attention(e_XRD), mask_X1R, positions_1R, keys[0])
+        noises = parts(noise, 3)
+        e_XRD = e_XRD + self.attention(self.norm_attention(e_XRD), mask_X1R, positions_1R, noises[0])
+        e_XRD = checkpoint_name(e_XRD, "after_attention")
         if self.cross is not None and self.norm_cross is not None:
             X, R, D = e_XRD.shape
             Y = chunks_YCD.shape[0]
             y_XRD = self.norm_cross(e_XRD)
             # The K neighbours of a chunk share its states: their tokens are the queries of one problem.
-            read = self.cross(y_XRD.reshape(Y, X // Y * R, D), chunks_YCD, chunk_mask_Y1C, keys[1])
+            y_YQD = y_XRD.reshape(Y, X // Y * R, D)
+            read = self.cross(y_YQD, chunks_YCD, chunk_mask_Y1C, _of_chunks(noises[1], Y))
             e_XRD = (y_XRD if self.cross_residual == "normed" else e_XRD) + read.reshape(X, R, D)
-        return e_XRD + self.ffn(self.norm_ffn(e_XRD), keys[2])
+            e_XRD = checkpoint_name(e_XRD, "after_cca")
+        return e_XRD + self.ffn(self.norm_ffn(e_XRD), noises[2])
+
+
+def _of_chunks(noise: Noise | None, chunks: int) -> Noise | None:
+    """The noise of neighbours' tokens, where all of a chunk's neighbours make one problem; the order of all tokens is the one in
+    which the devices' shares are gathered."""
+    if noise is None:
+        return None
+    devices, R = axis_size(TENSOR), noise.all_XT.shape[1]
+    shares = noise.all_XT.reshape(chunks, -1, devices, R // devices).swapaxes(1, 2)
+    return noise._replace(own_XT=noise.own_XT.reshape(chunks, -1), all_XT=shares.reshape(chunks, -1))
 
 
 class NeighbourEncoder(nnx.Module):
@@ -98,29 +114,30 @@ class NeighbourEncoder(nnx.Module):
         mask_BLKR: jax.Array,
         chunks_BLCD: jax.Array,
         chunk_mask_BLC: jax.Array,
-        key: jax.Array | None,
+        noise: Noise | None,
     ) -> jax.Array:
         """Encode embedded neighbours, [B, L, K, R, D] to the same shape.
 
         Args:
-            mask_BLKR: valid neighbour tokens.
+            embedded_BLKRD: this device's share of each neighbour's tokens.
+            mask_BLKR: valid neighbour tokens, of whole neighbours.
             chunks_BLCD: the decoder's normed states at the first CCA layer, chunk by chunk.
             chunk_mask_BLC: valid tokens of a chunk.
         """
-        B, L, K, R, D = embedded_BLKRD.shape
+        B, L, K, R = mask_BLKR.shape
         C = chunks_BLCD.shape[2]
-        keys = split_key(key, len(self.layers) + 1)
+        noises = parts(noise, len(self.layers) + 1)
         positions_1R = jnp.arange(R, dtype=jnp.int32)[None, :]
-        e = embedded_BLKRD.reshape(B * L * K, R, D)
+        e = embedded_BLKRD.reshape(B * L * K, *embedded_BLKRD.shape[3:])
         if self.position is not None:
             e = e + self.position(positions_1R)
-        e = dropout(e, self.config.dropout, keys[0])
+        e = dropout(e, self.config.dropout, noises[0])
         masked = self.config.padding == "masked"
         mask = mask_BLKR.reshape(B * L * K, 1, R) if masked else None
         chunks = chunks_BLCD.reshape(B * L, C, chunks_BLCD.shape[-1])
         chunk_mask = chunk_mask_BLC.reshape(B * L, 1, C) if masked else None
-        for layer, layer_key in zip(self.layers, keys[1:], strict=True):
-            e = layer(e, mask, positions_1R, chunks, chunk_mask, layer_key)
+        for layer, own in zip(self.layers, noises[1:], strict=True):
+            e = recomputed(layer, layer.recompute)(e, mask, positions_1R, chunks, chunk_mask, own)
         if self.final_norm is not None:
             e = self.final_norm(e)
-        return e.reshape(B, L, K, R, D)
+        return e.reshape(embedded_BLKRD.shape)

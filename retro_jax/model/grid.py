@@ -81,11 +81,11 @@ def chunk_tokens(
     return valid_BLC & (segments_BLC == last_BL1)
 
 
-def reader_positions(length: int, chunk_len: int, first_chunk_len_B: jax.Array | None) -> jax.Array:
+def reader_positions(length: int, chunk_len: int, first_chunk_len: jax.Array | int | None) -> jax.Array:
     """Rotary position of each token relative to the first token of the neighbours that it reads, int [B or 1, T].
 
     A chunk's last token stands beside the neighbour's C-th token, the next chunk's tokens beside the continuation (RETRO's
     relative distance i - i' + C - 1).
     """
-    first_B = jnp.full((1,), chunk_len, jnp.int32) if first_chunk_len_B is None else first_chunk_len_B
+    first_B = jnp.atleast_1d(jnp.asarray(chunk_len if first_chunk_len is None else first_chunk_len, jnp.int32))
     return (jnp.arange(length, dtype=jnp.int32)[None, :] - first_B[:, None] + 1) % chunk_len + chunk_len - 1

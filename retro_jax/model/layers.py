@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
-from retro_jax.config import Activation, Norm
+from retro_jax.config import Activation, Norm, Part
+from retro_jax.kernels.dropout import kept
 from retro_jax.kernels.precision import accumulation_dtype
+from retro_jax.parallel.axes import OVER_TENSOR, TENSOR, axis_index, axis_size
+from retro_jax.parallel.collectives import gather_parameter, gather_tokens, gathered_again, own_tokens, sum_into_own_tokens
 
 Initializer = Callable[[jax.Array, tuple[int, ...]], jax.Array]
 
@@ -26,8 +31,17 @@ def constant(value: float) -> Initializer:
 
 
 def parameter(key: jax.Array, dims: str, shape: tuple[int, ...], init: Initializer) -> nnx.Param:
-    """A float32 parameter with its logical dims ("width ffn"), shape and initialiser in one place."""
-    return nnx.Param(init(key, shape), dims=tuple(dims.split()))
+    """A float32 parameter with its logical dims ("width ffn"), whole shape and initialiser in one place."""
+    return nnx.Param(init(key, shape), dims=tuple(dims.split()), whole=shape)
+
+
+def gathered(param: nnx.Param) -> jax.Array:
+    """The array to compute with: what this device has, made whole along the dims that are not computed in parts."""
+    array = param[...]
+    for dim, (name, size) in enumerate(zip(param.dims, param.whole, strict=True)):
+        if name not in OVER_TENSOR and array.shape[dim] != size:
+            array = gather_parameter(array, dim)
+    return array
 
 
 class NormLayer(nnx.Module):
@@ -75,11 +89,41 @@ class Linear(nnx.Module):
         self.bias = parameter(key, out_names, out_shape, constant(0.0)) if bias else None
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        y = jnp.tensordot(x, self.weight[...], axes=self.in_dims)
+        return self.add_bias(self.product(x))
+
+    def product(self, x: jax.Array) -> jax.Array:
+        """x W, with the part of W that this device computes with."""
+        return jnp.tensordot(x, gathered(self.weight), axes=self.in_dims)
+
+    def add_bias(self, y: jax.Array) -> jax.Array:
+        """y + b."""
         if self.bias is None:
             return y
-        bias = self.bias[...]
+        bias = gathered(self.bias)
         return y + bias[(None,) * (y.ndim - bias.ndim)]
+
+
+def project_in(x_XTD: jax.Array, *linears: Callable[[jax.Array], jax.Array], part: Part) -> tuple[jax.Array, ...]:
+    """Projections into heads or columns (column-parallel): of all tokens, into this device's part of the heads or columns.
+
+    Args:
+        x_XTD: this device's share of the tokens. All of them are gathered, and again in the backward pass.
+        part: the sub-layer; where it does not gather again, all tokens are saved.
+    """
+    x_XTD = checkpoint_name(x_XTD, f"{part.name}_in")
+
+    def compute(x_XTD: jax.Array) -> tuple[jax.Array, ...]:
+        x_XTD = checkpoint_name(gather_tokens(x_XTD), f"{part.name}_gathered")
+        return tuple(linear(x_XTD) for linear in linears)
+
+    return gathered_again(compute, part.gathers_again)(x_XTD)
+
+
+def project_out(y: jax.Array, linear: Linear, part: Part) -> jax.Array:
+    """The projection back into the residual stream (row-parallel): this device's share of the tokens, summed over all parts of
+    the heads or columns; the bias is added once."""
+    product = gathered_again(lambda y: sum_into_own_tokens(linear.product(y)), part.gathers_again)
+    return linear.add_bias(product(y))
 
 
 class Embedding(nnx.Module):
@@ -88,8 +132,20 @@ class Embedding(nnx.Module):
     def __init__(self, dims: str, rows: int, width: int, *, init: Initializer, key: jax.Array) -> None:
         self.table = parameter(key, dims, (rows, width), init)
 
-    def __call__(self, ids: jax.Array) -> jax.Array:
-        return self.table[...].at[ids].get(mode="promise_in_bounds")
+    def __call__(self, ids_XT: jax.Array) -> jax.Array:
+        """Rows [..., T, D] of this device's share of the T tokens."""
+        dim = ids_XT.ndim - 1
+        if self.table.shape[0] == self.table.whole[0]:
+            return gathered_again(lambda ids: gathered(self.table).at[ids].get(mode="promise_in_bounds"))(own_tokens(ids_XT, dim))
+        return gathered_again(lambda ids: sum_into_own_tokens(self._rows_here(ids), dim))(ids_XT)
+
+    def _rows_here(self, ids_XT: jax.Array) -> jax.Array:
+        """The rows that lie in this device's part of the table, zeros for the others."""
+        table_VD = gathered(self.table)
+        row_XT = ids_XT - axis_index(TENSOR) * table_VD.shape[0]
+        here_XT = (row_XT >= 0) & (row_XT < table_VD.shape[0])
+        rows = table_VD.at[jnp.where(here_XT, row_XT, 0)].get(mode="promise_in_bounds")
+        return jnp.where(here_XT[..., None], rows, jnp.zeros_like(rows))
 
 
 def rotate(x_XTNH: jax.Array, positions_XT: jax.Array, *, fraction: float, base: float, scale: float) -> jax.Array:
@@ -119,17 +175,40 @@ def activate(x: jax.Array, kind: Activation) -> jax.Array:
     return jax.nn.gelu(x, approximate=kind == "gelu_tanh")
 
 
-def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
-    """Zero a share of x and scale the rest; the identity without a key."""
-    if rate == 0.0 or key is None:
-        return x
-    keep = jax.random.bernoulli(key, 1.0 - rate, x.shape)
-    return jnp.where(keep, x / (1.0 - rate), jnp.zeros_like(x))
+class Noise(NamedTuple):
+    """What dropout is drawn from: a key, and the tokens' numbers in the whole batch, so that the same is dropped however the
+    batch is divided over devices. uint32; ``own_XT`` of this device's share of the tokens, ``all_XT`` of all of them."""
+
+    key: jax.Array
+    own_XT: jax.Array
+    all_XT: jax.Array
+
+    def part(self, number: jax.Array | int) -> Noise:
+        """The noise of part ``number`` of what this noise is for."""
+        return self._replace(key=jax.random.fold_in(self.key, number))
+
+    def queries(self, heads: int) -> jax.Array:
+        """A number for each query [X, T, heads] of this device's heads."""
+        head_N = (axis_index(TENSOR) * heads + jnp.arange(heads)).astype(jnp.uint32)
+        return self.all_XT[:, :, None] * jnp.uint32(heads * axis_size(TENSOR)) + head_N[None, None]
 
 
-def split_key(key: jax.Array | None, count: int) -> list[jax.Array | None]:
-    """``count`` keys, or as many Nones when there is no dropout to seed."""
-    return [None] * count if key is None else list(jax.random.split(key, count))
+def numbered(key: jax.Array, numbers_XT: jax.Array) -> Noise:
+    """The noise of tokens with these numbers."""
+    return Noise(key, own_tokens(numbers_XT), numbers_XT)
+
+
+def dropout(x_XTD: jax.Array, rate: float, noise: Noise | None) -> jax.Array:
+    """Zero a share of x and scale the rest; the identity without noise."""
+    if rate == 0.0 or noise is None:
+        return x_XTD
+    keep = kept(noise.key, rate, noise.own_XT, x_XTD.shape[-1])
+    return jnp.where(keep, x_XTD / (1.0 - rate), jnp.zeros_like(x_XTD))
+
+
+def parts(noise: Noise | None, count: int) -> list[Noise | None]:
+    """Noise for each of ``count`` parts, or as many Nones when there is no dropout."""
+    return [None if noise is None else noise.part(number) for number in range(count)]
 
 
 def residual_std(std: float, num_layers: int) -> float:

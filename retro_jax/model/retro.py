@@ -10,12 +10,16 @@ from flax import nnx
 
 from retro_jax.config import ModelConfig
 from retro_jax.data.batch import Batch
+from retro_jax.kernels.dropout import kept
 from retro_jax.model.attention import causal_mask
 from retro_jax.model.cca import Neighbours
-from retro_jax.model.decoder import DecoderLayer, Row, Stack, key_for, runs
+from retro_jax.model.decoder import DecoderLayer, Row, Stack, runs
 from retro_jax.model.encoder import NeighbourEncoder
 from retro_jax.model.grid import chunk_tokens, in_chunks, reads
-from retro_jax.model.layers import Embedding, NormLayer, dropout, normal, split_key
+from retro_jax.model.layers import Embedding, Noise, NormLayer, dropout, normal, numbered, parts
+from retro_jax.parallel.axes import SEQUENCE, axis_index, axis_size, batch_index
+from retro_jax.parallel.collectives import from_part_before, gather_row, gather_tokens, own_part
+from retro_jax.parallel.recompute import recomputed
 
 
 class Retro(nnx.Module):
@@ -45,41 +49,56 @@ class Retro(nnx.Module):
         self.final_norm = NormLayer(config.norm, config.width, config.norm_eps, key=keys[4]) if config.final_norm else None
         self.output = None if config.tied_embedding else Embedding("vocab width", V, D, init=init, key=keys[5])
 
-    def __call__(self, batch: Batch, *, retrieval: bool = True, dropout_key: jax.Array | None = None) -> jax.Array:
+    def __call__(
+        self,
+        batch: Batch,
+        *,
+        retrieval: bool = True,
+        dropout_key: jax.Array | None = None,
+        row_numbers_B: jax.Array | None = None,
+    ) -> jax.Array:
         """Hidden states [B, T, D] from which the next token is predicted: logits = hidden @ output_table.T.
+
+        Under ``jax.shard_map`` (:mod:`retro_jax.parallel`) the parameters and the batch are the parts that this device holds,
+        and so is the result: of its rows' tokens the share that it has along ``tensor``.
 
         Args:
             batch: rows and their neighbours.
             retrieval: False leaves the retrieval path out, as if every neighbour were absent.
             dropout_key: seeds dropout and neighbour dropout; None: neither.
+            row_numbers_B: uint32, the rows' places in the batch, which with the key say what is dropped; None: in order.
 
         Raises:
             ValueError: rows longer than the position table, or off the grid without ``first_chunk_len``.
         """
         self._check(batch)
         batch = jax.tree.map(jnp.asarray, batch)
-        x_BTD = dropout(self._embed(batch.tokens, batch.positions), self.config.dropout, key_for(dropout_key, 0))
-        row = Row(causal_mask(batch.segments), batch.positions)
+        if row_numbers_B is None:
+            B = batch.tokens.shape[0]
+            row_numbers_B = (batch_index() * B + jnp.arange(B)).astype(jnp.uint32)
+        noises = parts(_tokens_noise(dropout_key, row_numbers_B, batch.tokens.shape[1]), len(self.decoder) + 1)
+        x_BTD = dropout(self._embed(batch.tokens, batch.positions), self.config.dropout, noises[0])
+        row = Row(causal_mask(batch.segments), batch.positions, row_numbers_B)
         retro = self.config.retro
         active = retro is not None and retrieval and retro.gate != 0.0 and batch.neighbours.shape[2] > 0
         neighbours = None
-        for number, stack in enumerate(self.decoder, start=1):
-            key = key_for(dropout_key, number)
+        for stack, noise in zip(self.decoder, noises[1:], strict=True):
             if active and neighbours is None and stack.group.layers[0].cca is not None:
-                x_BTD, neighbours = self._first_cca_layer(stack, x_BTD, row, batch, key)
+                x_BTD, neighbours = self._first_cca_layer(stack, x_BTD, row, batch, noise)
             else:
-                x_BTD = stack(x_BTD, row, neighbours, key)
+                x_BTD = stack(x_BTD, row, neighbours, noise)
         return x_BTD if self.final_norm is None else self.final_norm(x_BTD)
 
     def output_table_VD(self) -> jax.Array:
-        """The output layer's table [V, D]: the embedding's where they are tied."""
+        """The output layer's table [V, D], or this device's part of it: the embedding's where they are tied."""
         return (self.embedding if self.output is None else self.output).table[...]
 
     def _check(self, batch: Batch) -> None:
         T, config = batch.tokens.shape[1], self.config
         L, K, R = batch.neighbours.shape[1:]
-        if self.position is not None and config.max_positions < T:
-            raise ValueError(f"rows of {T} tokens do not fit ModelConfig.max_positions={config.max_positions}; raise it")
+        length = T * axis_size(SEQUENCE)
+        if self.position is not None and config.max_positions < length:
+            raise ValueError(f"rows of {length} tokens do not fit ModelConfig.max_positions={config.max_positions}; raise it")
         if config.retro is None or K == 0:
             return
         chunks = config.retro.chunks
@@ -87,6 +106,10 @@ class Retro(nnx.Module):
             raise ValueError(
                 f"Batch has {T} tokens and neighbours of {L} chunks of ChunkConfig.chunk_len={chunks.chunk_len}; "
                 "give Batch.first_chunk_len, or cut rows on the grid"
+            )
+        if batch.first_chunk_len is not None and axis_size(SEQUENCE) > 1:
+            raise ValueError(
+                "rows with a first_chunk_len of their own cannot be divided along the mesh's axis sequence; set it to 1"
             )
         if self.encoder is not None and self.encoder.position is not None and chunks.retrieved_len < R:
             raise ValueError(f"neighbours of {R} tokens do not fit ChunkConfig.retrieved_len={chunks.retrieved_len}; raise it")
@@ -96,49 +119,80 @@ class Retro(nnx.Module):
         return x_BTD if self.position is None else x_BTD + self.position(positions_BT)
 
     def _first_cca_layer(
-        self, stack: Stack, x_BTD: jax.Array, row: Row, batch: Batch, key: jax.Array | None
+        self, stack: Stack, x_BTD: jax.Array, row: Row, batch: Batch, noise: Noise | None
     ) -> tuple[jax.Array, Neighbours]:
         """The layer whose normed states condition the encoder; returns the stream after it, and the encoded neighbours."""
         graph, state = nnx.split(stack.group)
         layer: DecoderLayer = nnx.merge(graph, jax.tree.map(lambda a: a[0], state)).layers[0]
         assert layer.norm_cca is not None
-        keys = split_key(key, 4)
-        x_BTD = layer.attend(x_BTD, row, keys[0])
-        neighbours = self._encode(layer.norm_cca(x_BTD), batch, keys[1])
-        return layer.finish(x_BTD, neighbours, keys[2:]), neighbours
+        noises = parts(noise, 4)
+        x_BTD = recomputed(layer.attend, layer.recompute)(x_BTD, row, noises[0])
+        neighbours = self._encode(layer.norm_cca(x_BTD), row, batch, noises[1])
+        return recomputed(layer.finish, layer.recompute)(x_BTD, neighbours, noises[2:]), neighbours
 
-    def _encode(self, normed_BTD: jax.Array, batch: Batch, key: jax.Array | None) -> Neighbours:
+    def _encode(self, normed_BTD: jax.Array, row: Row, batch: Batch, noise: Noise | None) -> Neighbours:
         retro, encoder = self.config.retro, self.encoder
         assert retro is not None and encoder is not None
-        L, R = batch.neighbours.shape[1], batch.neighbours.shape[3]
+        L = batch.neighbours.shape[1]
         C = retro.chunks.chunk_len
-        hide_key, encoder_key = split_key(key, 2)
+        hide_noise, encoder_noise = parts(noise, 2)
+        chunk_numbers_BL = _places(row.numbers_B, L)
         mask_BLKR = batch.neighbour_mask
-        if retro.neighbour_dropout > 0.0 and hide_key is not None:
-            shown_BL = jax.random.bernoulli(hide_key, 1.0 - retro.neighbour_dropout, mask_BLKR.shape[:2])
-            mask_BLKR = mask_BLKR & shown_BL[:, :, None, None]
-        chunks_BLCD, _ = in_chunks(normed_BTD, L, C, batch.first_chunk_len)
+        if retro.neighbour_dropout > 0.0 and hide_noise is not None:
+            shown_BL1 = kept(hide_noise.key, retro.neighbour_dropout, chunk_numbers_BL, 1)
+            mask_BLKR = mask_BLKR & shown_BL1[:, :, :, None]
+        chunks_BLCD, _ = in_chunks(gather_tokens(normed_BTD), L, C, batch.first_chunk_len)
         chunk_mask_BLC = chunk_tokens(batch.segments, L, C, batch.first_chunk_len, cross_document=retro.cross_document)
         reads_BT = reads(
-            batch.segments,
-            mask_BLKR.any((2, 3)),
+            gather_row(batch.segments),
+            gather_row(mask_BLKR.any((2, 3))),
             chunk_len=C,
             first_chunk_len_B=batch.first_chunk_len,
             cross_document=retro.cross_document,
         )
+        if encoder_noise is not None:
+            encoder_noise = _neighbours_noise(encoder_noise.key, chunk_numbers_BL, mask_BLKR.shape)
+        embedded_BLKRD = self._embed_neighbours(batch.neighbours)
+        encoded_BLKRD = encoder(embedded_BLKRD, mask_BLKR, chunks_BLCD, chunk_mask_BLC, encoder_noise)
         attended_BLKR = mask_BLKR if retro.encoder.padding == "masked" else jnp.ones_like(mask_BLKR)
-        encoded = encoder(self._embed_neighbours(batch.neighbours, R), mask_BLKR, chunks_BLCD, chunk_mask_BLC, encoder_key)
-        return Neighbours(encoded, attended_BLKR, reads_BT, batch.segments, batch.first_chunk_len)
+        if axis_size(SEQUENCE) > 1:
+            # The encoded neighbours of one chunk, K * R * D / tensor numbers a row, to the next device: once for all CCA layers.
+            encoded_BLKRD, attended_BLKR = (
+                jnp.concatenate([from_part_before(x[:, -1:]), x], axis=1) for x in (encoded_BLKRD, attended_BLKR)
+            )
+        # Whole neighbours for this device's heads, (t - 1) / t * B * L * K * R * D numbers, once for all CCA layers.
+        encoded_BLKRD = gather_tokens(encoded_BLKRD, dim=3)
+        return Neighbours(encoded_BLKRD, attended_BLKR, own_part(reads_BT), batch.segments, batch.first_chunk_len)
 
-    def _embed_neighbours(self, neighbours_BLKR: jax.Array, length: int) -> jax.Array:
+    def _embed_neighbours(self, neighbours_BLKR: jax.Array) -> jax.Array:
+        """This device's share of each neighbour's tokens, embedded."""
         assert self.encoder is not None
         if self.encoder.embedding is not None:
             return self.encoder.embedding(neighbours_BLKR)
         e_BLKRD = self.embedding(neighbours_BLKR)
         # Megatron: with learned positions the decoder's table serves the neighbours too.
         if self.position is not None and self.encoder.config.positions == "learned":
-            e_BLKRD = e_BLKRD + self.position(jnp.arange(length, dtype=jnp.int32))[None, None, None]
+            length = neighbours_BLKR.shape[3]
+            e_BLKRD = e_BLKRD + self.position(jnp.arange(length, dtype=jnp.int32)[None, None, None])
         return e_BLKRD
+
+
+def _places(row_numbers_B: jax.Array, length: int) -> jax.Array:
+    """uint32 [B, length]: the numbers in the whole batch of this device's ``length`` tokens, or chunks, of each row."""
+    here = axis_index(SEQUENCE) * length + jnp.arange(length)
+    return row_numbers_B[:, None] * jnp.uint32(length * axis_size(SEQUENCE)) + here.astype(jnp.uint32)[None]
+
+
+def _tokens_noise(key: jax.Array | None, row_numbers_B: jax.Array, length: int) -> Noise | None:
+    return None if key is None else numbered(key, _places(row_numbers_B, length))
+
+
+def _neighbours_noise(key: jax.Array, chunk_numbers_BL: jax.Array, shape: tuple[int, ...]) -> Noise:
+    """The noise of neighbours' tokens [B * L * K, R], numbered through the chunks."""
+    B, L, K, R = shape
+    place_KR = jnp.arange(K * R, dtype=jnp.uint32).reshape(K, R)
+    numbers_BLKR = chunk_numbers_BL[:, :, None, None] * jnp.uint32(K * R) + place_KR[None, None]
+    return numbered(key, numbers_BLKR.reshape(B * L * K, R))
 
 
 def with_vocab(config: ModelConfig, tokenizer_size: int) -> ModelConfig:

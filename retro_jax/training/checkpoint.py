@@ -8,6 +8,7 @@ a number is whole. The last ``keep`` are kept, and the one with the lowest valid
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import re
@@ -28,7 +29,7 @@ from retro_jax.config import ModelConfig, resolved
 from retro_jax.errors import UserError
 from retro_jax.field_types import config_from_plain
 from retro_jax.model import Retro
-from retro_jax.training.state import ModelForm, TrainState, digests, model_form, names
+from retro_jax.training.state import ModelForm, TrainState, digests, model_form, names, on_one_device
 from retro_jax.training.stored_arrays import StoredArrays
 
 PARAMS, OPTIMIZER, BATCHES, ABOUT = "params", "optimizer", "batches", "about"
@@ -228,9 +229,11 @@ class Checkpoints:
         return {name: restored[name] for name in items}
 
     def _restore_batches(self, step: int, batches: grain.DatasetIterator) -> None:
+        """Any process's state is every process's, so that a run may go on with another number of them."""
         try:
-            args = ocp.args.Composite(**{BATCHES: grain.checkpoint.CheckpointRestore(batches)})
-            self._manager.restore(step, args=args)
+            state = min((self.folder / str(step) / BATCHES).glob("process_*.json"))
+            batches.set_state(json.loads(state.read_text()))
+            batches.start_prefetch()
         except UserError:
             raise
         except Exception as error:
@@ -337,8 +340,8 @@ def numbers_have_changed(name: str) -> ValueError:
 
 
 def abstract_params(form: ModelForm) -> Any:
-    """Shapes and dtypes of all parameters, nested."""
-    return nnx.to_pure_dict(nnx.split(nnx.eval_shape(lambda: Retro(form.config, key=jax.random.key(0))))[1])
+    """Shapes and dtypes of all parameters, nested, for one device."""
+    return on_one_device(nnx.to_pure_dict(nnx.split(nnx.eval_shape(lambda: Retro(form.config, key=jax.random.key(0))))[1]))
 
 
 def _items(state: TrainState) -> tuple[dict[str, Any], dict[str, Any]]:

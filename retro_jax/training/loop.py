@@ -16,6 +16,8 @@ import numpy as np
 from retro_jax.config import Config, ModelConfig, resolved
 from retro_jax.data.batch import Batch
 from retro_jax.errors import UserError
+from retro_jax.parallel.layout import make_layout
+from retro_jax.parallel.processes import Agreement, are_several, is_first
 from retro_jax.progress import Bar, progress_bar
 from retro_jax.training.checkpoint import About, Checkpoints
 from retro_jax.training.flops import peak_flops, train_flops
@@ -80,12 +82,12 @@ def fit(job: Job, batches: grain.DatasetIterator, valid_batches: ValidBatches | 
             return 0
         loop = _Loop(job, checkpoints, batches, valid_batches)
         loop.start(latest)
-        loop.log = stack.enter_context(MetricLog(job.folder, latest))
+        loop.log = stack.enter_context(MetricLog(job.folder, latest, writes=is_first()))
         stop = stack.enter_context(stop_requests())
         loop.compile()
         if stop:
             stop.leave(f"{job.name}: stopped at step {latest} of {train.steps}; run the same command again to continue")
-        with progress_bar(job.name, train.steps, done=latest) as bar:
+        with progress_bar(job.name, train.steps, done=latest, shown=is_first()) as bar:
             loop.run(stop, bar)
         return train.steps - latest
 
@@ -96,6 +98,7 @@ class _Pending(NamedTuple):
     step: int
     metrics: StepMetrics
     chunk_ids_BL: np.ndarray
+    stop: jax.Array | bool
 
 
 class _Loop:
@@ -108,12 +111,14 @@ class _Loop:
     ) -> None:
         self.job, self.config, self.checkpoints = job, job.config.training, checkpoints
         self.batches, self.valid_batches = batches, valid_batches
+        self.layout = make_layout(job.config.mesh)
         self.form = model_form(job.model, is_trained(job.model, self.config.trained))
         self.optimizer = make_optimizer(job.config.optimizer, self.config.steps, self.form.trained)
         self.rate = learning_rate(job.config.optimizer, self.config.steps)
-        self.valid_step = jax.jit(make_valid_step(self.form, self.config))
+        self.valid_step = jax.jit(make_valid_step(self.form, self.config, self.layout))
         self.totals = Totals()
         self.pending: _Pending | None = None
+        self.agreement, self.stopping = Agreement(self.layout), False
         self.valid_loss: float | None = None
         self.note = ""
 
@@ -121,7 +126,7 @@ class _Loop:
         """Draw the first parameters, or restore those of step ``latest``."""
         self.done = latest
         if latest == 0:
-            self.state = initial_state(self.form, self.optimizer, self.config.seed)
+            self.state = initial_state(self.form, self.optimizer, self.config.seed, self.layout)
             if self.config.start_from is not None:
                 self.state = from_checkpoint(self.state, self.form, self.config)
                 print(f"{self.job.name}: starts from {self.config.start_from}", flush=True)
@@ -130,33 +135,40 @@ class _Loop:
         path = self.checkpoints.folder / str(latest)
         refuse_other_data(about, self.job.data, path)
         say_what_changed(about, self.job.config, self.job.model, path)
-        self.state = self.checkpoints.restore(latest, abstract_state(self.form, self.optimizer), self.batches)
+        abstract = abstract_state(self.form, self.optimizer, self.layout)
+        self.state = self.checkpoints.restore(latest, abstract, self.batches)
         self.totals = Totals(**about.progress)
         print(f"{self.job.name}: continues at step {latest} of {self.config.steps}", flush=True)
 
     def compile(self) -> None:
         """Compile the step for the batches' shapes, outside all timings."""
         self.next_batch = next(self.batches)
-        step = jax.jit(make_train_step(self.form, self.optimizer, self.config), donate_argnums=0)
-        self.train_step: TrainStep = step.lower(self.state, self.next_batch[0]).compile()
-        rows, T = self.next_batch[0].tokens.shape
+        step = jax.jit(make_train_step(self.form, self.optimizer, self.config, self.layout), donate_argnums=0)
+        self.train_step: TrainStep = step.lower(self.state, self.place(self.next_batch[0])).compile()
+        rows, T = self.job.config.data.batch_size, self.next_batch[0].tokens.shape[1]
         self.tokens = rows * T
         self.flops = train_flops(self.job.model, rows=rows, seq_len=T, neighbours=self.next_batch[0].neighbours.shape[2])
-        self.peak = peak_flops(compute_dtype(self.config))
+        peak = peak_flops(compute_dtype(self.config))
+        self.peak = None if peak is None else peak * self.job.config.mesh.devices
         self.clock = time.perf_counter()
+
+    def place(self, batch: Batch) -> Batch:
+        """A batch of training, of which this process has its rows, on the devices."""
+        return jax.device_put(batch) if self.layout is None else self.layout.place(batch, self.job.config.data.batch_size)
 
     def run(self, stop: StopRequest, bar: Bar) -> None:
         """All steps that are left."""
         while self.done < self.config.steps:
             batch, chunk_ids_BL = self.next_batch
+            placed = self.place(batch)
             with jax.transfer_guard("disallow"):
-                self.state, metrics = self.train_step(self.state, jax.device_put(batch))
+                self.state, metrics = self.train_step(self.state, placed)
             self.done += 1
-            previous, self.pending = self.pending, _Pending(self.done, metrics, chunk_ids_BL)
+            previous, self.pending = self.pending, _Pending(self.done, metrics, chunk_ids_BL, self.agreement.ask(bool(stop)))
             self.settle(previous)
-            ends = self.after_step(stop)
+            self.after_step(stop)
             bar.advance(1, self.note)
-            if ends:
+            if self.stopping:
                 stop.leave(
                     f"{self.job.name}: stopped at step {self.done} of {self.config.steps}, a checkpoint is saved; "
                     "run the same command again to continue"
@@ -170,6 +182,7 @@ class _Loop:
         if pending is None:
             return
         step, metrics = pending.step, jax.device_get(pending.metrics)
+        self.stopping = self.stopping or bool(pending.stop)
         if not (np.isfinite(metrics.loss) and np.isfinite(metrics.grad_norm)):
             what = f"the loss is {metrics.loss} and the gradient's norm {metrics.grad_norm}"
             raise self.non_finite(what, step, pending.chunk_ids_BL)
@@ -194,28 +207,31 @@ class _Loop:
         self.note = f"loss {totals.loss:.3f}{valid} {rates['tokens_per_second']:,.0f} tokens/s {speed}"
         totals.clear_window()
 
-    def after_step(self, stop: StopRequest) -> bool:
-        """Validate and save where that is due; True if the run is to stop."""
+    def after_step(self, stop: StopRequest) -> None:
+        """Validate and save where that is due, or where the run is to stop, of which all processes hear at the same step."""
         step = self.done
+        if not are_several():
+            self.stopping = bool(stop)
         save = step == self.config.steps or step % self.config.checkpoint_every == 0
         validate = self.valid_batches is not None and (save or step % self.config.valid_every == 0)
-        if not (save or validate or stop):
-            return False
+        if not (save or validate or self.stopping):
+            return
         pending, self.pending = self.pending, None
         self.settle(pending)
         valid_loss = self.validate() if validate else None
-        stopping = bool(stop)  # also when the request came during validation
-        if save or stopping:
+        if not are_several():
+            self.stopping = bool(stop)  # also when the request came during validation
+        if save or self.stopping:
             self.save(valid_loss)
-        if stopping:
+        if self.stopping:
             self.checkpoints.wait()
         self.clock = time.perf_counter()
-        return stopping
 
     def validate(self) -> float:
         """Mean loss over the validation batches' targets; written, and kept for the next checkpoint."""
         assert self.valid_batches is not None
-        sums = [self.valid_step(self.state.params, self.state.frozen, jax.device_put(batch)) for batch, _ in self.valid_batches()]
+        place = jax.device_put if self.layout is None else self.layout.place  # every process reads all of these rows
+        sums = [self.valid_step(self.state.params, self.state.frozen, place(batch)) for batch, _ in self.valid_batches()]
         loss, targets = np.sum(np.asarray(jax.device_get(sums), np.float64), axis=0)
         self.valid_loss = float(loss / targets)
         if not np.isfinite(self.valid_loss):

@@ -71,10 +71,14 @@ class MetricLog:
     Args:
         folder: the model's folder.
         restored: the step that the run continues at; what stands behind it is dropped. 0 for a new run.
+        writes: False writes nothing: another process does.
     """
 
-    def __init__(self, folder: Path, restored: int) -> None:
+    def __init__(self, folder: Path, restored: int, *, writes: bool = True) -> None:
         self._folder = folder
+        self._board: SummaryWriter | None = None
+        if not writes:
+            return
         for name in (METRICS, TIMINGS):
             truncate(folder / name, restored)
         self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=restored + 1, write_to_disk=True)
@@ -83,7 +87,8 @@ class MetricLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self._board.close()
+        if self._board is not None:
+            self._board.close()
 
     def metrics(self, step: int, **values: float) -> None:
         """One line of what the data decide."""
@@ -94,6 +99,8 @@ class MetricLog:
         self._write(TIMINGS, step, values)
 
     def _write(self, file: str, step: int, values: dict[str, Any]) -> None:
+        if self._board is None:
+            return
         with open(self._folder / file, "a", encoding="utf-8") as lines:
             lines.write(json.dumps({"step": step, **values}) + "\n")
         for name, value in values.items():

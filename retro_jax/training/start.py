@@ -6,7 +6,6 @@ import dataclasses
 from pathlib import Path as FilePath
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from retro_jax.config import ModelConfig, TrainConfig, resolved
@@ -18,8 +17,8 @@ from retro_jax.training.resume import differences
 from retro_jax.training.state import ModelForm, Path, TrainState
 
 # What may differ from the checkpoint: how numbers are computed and drawn, and which positions are seen.
-FREE = {("ModelConfig", name) for name in ("implementation", "dropout", "attention_dropout", "init_std", "vocab_multiple")}
-FREE |= {("ModelConfig", "rotary_scale")}
+FREE = {("ModelConfig", name) for name in ("implementation", "recompute", "recompute_names", "rotary_scale")}
+FREE |= {("ModelConfig", name) for name in ("dropout", "attention_dropout", "init_std", "vocab_multiple")}
 FREE |= {("RetroConfig", name) for name in ("neighbour_dropout", "cca_init", "copy_strength")}
 FREE |= {("EncoderConfig", "dropout"), ("EncoderConfig", "attention_dropout")}
 
@@ -50,7 +49,8 @@ def from_checkpoint(state: TrainState, form: ModelForm, config: TrainConfig) -> 
         path = tuple(key.key for key in keys)
         if path not in replaced:
             return old
-        return jax.device_put(jnp.broadcast_to(jnp.asarray(replaced[path], old.dtype), old.shape), old.sharding)
+        whole = np.broadcast_to(np.asarray(replaced[path], old.dtype), old.shape)
+        return jax.make_array_from_callback(old.shape, old.sharding, lambda part: whole[part])
 
     params, frozen = (jax.tree_util.tree_map_with_path(put, tree) for tree in (state.params, state.frozen))
     return state._replace(params=params, frozen=frozen)

@@ -11,9 +11,11 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 from retro_jax.config import ModelConfig
 from retro_jax.model import Retro
+from retro_jax.parallel.layout import Layout
 
 Path = tuple[str | int, ...]
 Tree = dict[str | int, Any]
@@ -56,6 +58,10 @@ class ModelForm:
         params, frozen = (cast(Tree, nnx.to_pure_dict(state)) for state in states)
         return params, frozen
 
+    def specs(self, layout: Layout) -> tuple[Tree, Tree]:
+        """How the parameters are divided over the devices: trees as of :meth:`split`."""
+        return _nested(self.trained, layout), _nested({p: f for p, f in self.facts.items() if not self.is_trained(p)}, layout)
+
     def merge(self, params: Tree, frozen: Tree) -> Retro:
         """The model with these parameters."""
         return nnx.merge(self.graph, params, frozen)
@@ -71,16 +77,61 @@ def model_form(config: ModelConfig, is_trained: Callable[[Path], bool]) -> Model
     return ModelForm(config, graph, facts, is_trained)
 
 
-def initial_state(form: ModelForm, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
-    """The state before the first step: parameters drawn with ``seed``, moments 0."""
+def initial_state(
+    form: ModelForm, optimizer: optax.GradientTransformation, seed: int, layout: Layout | None = None
+) -> TrainState:
+    """The state before the first step: parameters drawn with ``seed``, moments 0. Each device draws what it holds of them."""
     # On CPU most of the start is LLVM's work on random number generators that run once: a third of it at its lowest level.
     options = {"xla_backend_optimization_level": 1} if jax.default_backend() == "cpu" else None
-    return jax.jit(partial(_draw, form, optimizer), compiler_options=options)(jax.random.key(seed))
+    places = None
+    if layout is not None:
+        places = jax.tree.map(lambda leaf: leaf.sharding, abstract_state(form, optimizer, layout))
+    return jax.jit(partial(_draw, form, optimizer), compiler_options=options, out_shardings=places)(jax.random.key(seed))
 
 
-def abstract_state(form: ModelForm, optimizer: optax.GradientTransformation) -> TrainState:
-    """Shapes and dtypes of the state."""
-    return jax.eval_shape(partial(_draw, form, optimizer), jax.random.key(0))
+def abstract_state(form: ModelForm, optimizer: optax.GradientTransformation, layout: Layout | None = None) -> TrainState:
+    """Shapes, dtypes and shardings of the state: on a mesh each moment is divided as its parameter, else one device has all."""
+    state = jax.eval_shape(partial(_draw, form, optimizer), jax.random.key(0))
+    if layout is None:
+        return on_one_device(state)
+
+    params, frozen = divided_params(form, layout)
+    moments = optax.tree.map_params(
+        optimizer, lambda moment, param: _placed(moment, param.sharding.spec, layout), state.moments, params,
+        transform_non_params=lambda leaf: _placed(leaf, P(), layout),
+    )  # fmt: skip
+    return TrainState(_placed(state.step, P(), layout), params, frozen, moments)  # type: ignore[arg-type]
+
+
+def divided_params(form: ModelForm, layout: Layout) -> tuple[Tree, Tree]:
+    """Shapes, dtypes and shardings of the model's (params, frozen) on a mesh."""
+    drawn = jax.eval_shape(lambda: form.split(Retro(form.config, key=jax.random.key(0))))
+    params, frozen = (
+        jax.tree.map(lambda leaf, spec: _placed(leaf, spec, layout), *pair)
+        for pair in zip(drawn, form.specs(layout), strict=True)
+    )
+    return params, frozen
+
+
+def _placed(leaf: jax.ShapeDtypeStruct, spec: P, layout: Layout) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout.sharding(spec))
+
+
+def on_one_device(abstract: Any) -> Any:
+    """Shapes and dtypes with this process's first device as the place."""
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=here), abstract)
+
+
+def _nested(facts: dict[Path, ParameterFacts], layout: Layout) -> Tree:
+    """Nested dicts of each parameter's division."""
+    tree: Tree = {}
+    for path, fact in facts.items():
+        place = tree
+        for key in path[:-1]:
+            place = place.setdefault(key, {})
+        place[path[-1]] = layout.parameter(fact.dims, fact.shape)
+    return tree
 
 
 def _draw(form: ModelForm, optimizer: optax.GradientTransformation, key: jax.Array) -> TrainState:

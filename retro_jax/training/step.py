@@ -8,9 +8,12 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import PartitionSpec as P
 
 from retro_jax.config import TrainConfig
 from retro_jax.data.batch import Batch
+from retro_jax.parallel.axes import batch_index
+from retro_jax.parallel.layout import Layout
 from retro_jax.training.loss import token_losses, weighted_loss
 from retro_jax.training.state import ModelForm, TrainState, Tree
 
@@ -28,33 +31,59 @@ TrainStep = Callable[[TrainState, Batch], tuple[TrainState, StepMetrics]]
 ValidStep = Callable[[Tree, Tree, Batch], tuple[jax.Array, jax.Array]]
 
 
-def make_train_step(form: ModelForm, optimizer: optax.GradientTransformation, config: TrainConfig) -> TrainStep:
+def make_train_step(
+    form: ModelForm, optimizer: optax.GradientTransformation, config: TrainConfig, layout: Layout | None = None
+) -> TrainStep:
     """(state, batch) -> (next state, metrics); to be jitted with the state donated.
 
     The loss is the sum of token losses times ``loss_mask`` over the sum of the mask. With ``accumulate`` parts the batch's rows
     are dealt to the parts in turn and the gradients of the parts are summed in float32; every part counts its targets as
-    shares of the whole batch's, so that the sum is the gradient of the undivided batch. Dropout keys depend on seed, step and
-    part alone.
+    shares of the whole batch's, so that the sum is the gradient of the undivided batch. Dropout depends on seed, step and a
+    token's place in the batch alone.
+
+    Args:
+        form: the model's.
+        optimizer: of its trained parameters.
+        config: precision, accumulation, seed.
+        layout: of the devices that share the step; None: one does it alone. Gradients are summed over devices once a step.
     """
     dtype = compute_dtype(config)
 
-    def loss_of(params: Tree, frozen: Tree, batch: Batch, weights_BT: jax.Array, key: jax.Array) -> jax.Array:
-        hidden_BTD = form.merge(cast(params, dtype), cast(frozen, dtype))(batch, dropout_key=key)
+    def loss_of(params: Tree, frozen: Tree, batch: Batch, weights_BT: jax.Array, rows_B: jax.Array, key: jax.Array) -> jax.Array:
+        model = form.merge(cast(params, dtype), cast(frozen, dtype))
+        hidden_BTD = model(batch, dropout_key=key, row_numbers_B=rows_B)
         table_VD = form.merge(params, frozen).output_table_VD()  # float32: its gradient is summed over chunks in float32
         return weighted_loss(hidden_BTD, table_VD, batch.targets, weights_BT, chunk=config.loss_chunk)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+    def gradients(params: Tree, frozen: Tree, batch: Batch, step: jax.Array) -> tuple[jax.Array, jax.Array, Tree]:
+        """Loss, number of targets, and the gradient of ``params``; on a mesh those of the whole batch from this device's part."""
         targets = jnp.sum(batch.loss_mask)
+        if layout is not None:
+            targets = layout.sum_over_batch(targets)
         weights_BT = batch.loss_mask / jnp.maximum(targets, 1.0)
-        key = jax.random.fold_in(dropout_seed(config), state.step)
+        rows = batch.tokens.shape[0]
+        rows_B = (batch_index() * rows + jnp.arange(rows)).astype(jnp.uint32)
+        key = jax.random.fold_in(dropout_seed(config), step)
 
-        def gradients(part: Batch, weights: jax.Array, number: jax.Array | int) -> tuple[jax.Array, Tree]:
-            return jax.value_and_grad(loss_of)(state.params, state.frozen, part, weights, jax.random.fold_in(key, number))
+        def of_part(part: Batch, weights_BT: jax.Array, rows_B: jax.Array) -> tuple[jax.Array, Tree]:
+            return jax.value_and_grad(loss_of)(params, frozen, part, weights_BT, rows_B, key)
 
         if config.accumulate == 1:
-            loss, gradient = gradients(batch, weights_BT, 0)
+            loss, gradient = of_part(batch, weights_BT, rows_B)
         else:
-            loss, gradient = _accumulate(gradients, batch, weights_BT, config.accumulate, state.params)
+            loss, gradient = _accumulate(of_part, (batch, weights_BT, rows_B), config.accumulate, params)
+        if layout is not None:
+            loss = layout.sum_over_batch(loss)
+            leaves, tree = jax.tree.flatten(gradient)
+            gradient = jax.tree.unflatten(tree, layout.sum_gradients(leaves, jax.tree.leaves(specs[0])))
+        return loss, targets, gradient
+
+    if layout is not None:
+        specs = form.specs(layout)
+        gradients = layout.run(gradients, (*specs, layout.batch, P()), (P(), P(), specs[0]))
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        loss, targets, gradient = gradients(state.params, state.frozen, batch, state.step)
         with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
             updates, moments = optimizer.update(gradient, state.moments, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -64,7 +93,7 @@ def make_train_step(form: ModelForm, optimizer: optax.GradientTransformation, co
     return train_step
 
 
-def make_valid_step(form: ModelForm, config: TrainConfig) -> ValidStep:
+def make_valid_step(form: ModelForm, config: TrainConfig, layout: Layout | None = None) -> ValidStep:
     """(params, frozen, batch) -> (sum of token losses over the targets, number of targets), without dropout."""
     dtype = compute_dtype(config)
 
@@ -72,9 +101,12 @@ def make_valid_step(form: ModelForm, config: TrainConfig) -> ValidStep:
         hidden_BTD = form.merge(cast(params, dtype), cast(frozen, dtype))(batch)
         table_VD = form.merge(params, frozen).output_table_VD()
         losses_BT = token_losses(hidden_BTD, table_VD, batch.targets, chunk=config.loss_chunk)
-        return jnp.sum(losses_BT * batch.loss_mask), jnp.sum(batch.loss_mask)
+        sums = jnp.sum(losses_BT * batch.loss_mask), jnp.sum(batch.loss_mask)
+        return sums if layout is None else layout.sum_over_batch(sums)
 
-    return valid_step
+    if layout is None:
+        return valid_step
+    return layout.run(valid_step, (*form.specs(layout), layout.batch), (P(), P()))
 
 
 def compute_dtype(config: TrainConfig) -> jnp.dtype:
@@ -95,11 +127,7 @@ def dropout_seed(config: TrainConfig) -> jax.Array:
 
 
 def _accumulate(
-    gradients: Callable[[Batch, jax.Array, jax.Array], tuple[jax.Array, Tree]],
-    batch: Batch,
-    weights_BT: jax.Array,
-    count: int,
-    params: Tree,
+    gradients: Callable[..., tuple[jax.Array, Tree]], whole: tuple[Batch, jax.Array, jax.Array], count: int, params: Tree
 ) -> tuple[jax.Array, Tree]:
     def deal(array: jax.Array) -> jax.Array:
         return array.reshape(array.shape[0] // count, count, *array.shape[1:]).swapaxes(0, 1)
@@ -108,5 +136,4 @@ def _accumulate(
         return jax.tree.map(jnp.add, sums, gradients(*part)), None
 
     nothing = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
-    parts = (*jax.tree.map(deal, (batch, weights_BT)), jnp.arange(count))
-    return jax.lax.scan(add, nothing, parts)[0]
+    return jax.lax.scan(add, nothing, jax.tree.map(deal, whole))[0]

@@ -13,14 +13,19 @@ import numpy as np
 from retro_jax.config import Config, ModelConfig, Split
 from retro_jax.data.batch import Batch
 from retro_jax.data.held_out import HeldOutRows, held_out_batches, held_out_rows
-from retro_jax.data.pipeline import training_batches
+from retro_jax.data.pipeline import ALL, training_batches
 from retro_jax.data.reader import RowReader, open_reader
 from retro_jax.data.training_rows import describe_rows, training_rows
 from retro_jax.errors import UserError
 from retro_jax.model import count_parameters, with_vocab
+from retro_jax.parallel.axes import AXES
+from retro_jax.parallel.layout import make_layout
+from retro_jax.parallel.processes import is_first
 from retro_jax.training.curves import draw_curves
 from retro_jax.training.loop import CHECKPOINTS, Job, ValidBatches, fit
+from retro_jax.training.optimizer import is_trained
 from retro_jax.training.start import open_start, refuse_other_start
+from retro_jax.training.state import model_form
 from retro_jax.training.step import compute_dtype
 from retro_jax.training.twins import model_name, twin
 
@@ -48,23 +53,20 @@ def train_all(config: Config, prepared: Prepared, workdir: Path, *, config_text:
     for name, model in models.items():
         folders[name] = workdir / MODELS / name
         train(config, prepared, model, folders[name], name=name, config_text=config_text)
-        draw_curves(workdir)
+        if is_first():
+            draw_curves(workdir)
     return folders
 
 
-def check_start(config: Config, workdir: Path) -> None:
-    """Refuse a ``TrainConfig.start_from`` that a model of the run cannot start from, before work is spent on its data.
+def check_run(config: Config, workdir: Path) -> None:
+    """Refuse what could not be trained, before work is spent on the data; say where devices are left idle.
 
     Raises:
-        UserError: it is not there or cannot be read, or the first model that differs, with the settings that it needs.
+        UserError: the mesh is larger than this machine or does not divide a model, with what to change; or a model cannot start
+            from ``TrainConfig.start_from``, with the settings that it needs.
     """
-    if config.training.start_from is None:
-        return
-    names = (model_name(config.model), *config.training.baselines)
-    if any(not (workdir / MODELS / name / CHECKPOINTS).is_dir() for name in names):
-        opened = open_start(config.training.start_from)
-        for model in (config.model, *(twin(config.model, name) for name in config.training.baselines)):
-            refuse_other_start(opened, model, config.training.start_from)
+    _check_mesh(config)
+    _check_start(config, workdir)
 
 
 def model_configs(config: Config, tokenizer_size: int) -> dict[str, ModelConfig]:
@@ -95,17 +97,19 @@ def train(
     """
     name = folder.name if name is None else name
     table, weights = prepared.tables["train"], config.corpus.weights
+    layout = make_layout(config.mesh)
     batches = training_batches(
         training_rows(table, config.data.seq_len, weights=weights),
         _reader(config, prepared, model_config, "train"),
         config.data,
         weights=weights,
+        rows_here=ALL if layout is None else layout.rows_here(config.data.batch_size),
     )
     valid = validation_batches(config, prepared, model_config)
     data, training = config.data, config.training
     print(
         f"{name}: {count_parameters(model_config):,} parameters, {training.steps} steps of {data.batch_size} x {data.seq_len} "
-        f"tokens, {compute_dtype(training).name} on {jax.default_backend()}",
+        f"tokens, {compute_dtype(training).name} on {_devices(config)}",
         flush=True,
     )
     read = ("tokens", "chunks", "neighbours") if _reads_neighbours(model_config) else ("tokens", "chunks")
@@ -148,6 +152,30 @@ def validation_batches(config: Config, prepared: Prepared, model_config: ModelCo
 
 def _reader(config: Config, prepared: Prepared, model: ModelConfig, split: Split) -> RowReader:
     return open_reader(config, prepared, split, neighbours=_reads_neighbours(model))
+
+
+def _check_mesh(config: Config) -> None:
+    layout, there = make_layout(config.mesh), jax.device_count()
+    if config.mesh.devices < there:
+        print(f"{config.mesh.devices} of {there} devices are used; MeshConfig says how they share the work", flush=True)
+    if layout is not None:
+        model = with_vocab(config.model, 1)  # of a vocabulary that is not known yet its multiple counts
+        model_form(model, is_trained(model)).specs(layout)
+
+
+def _check_start(config: Config, workdir: Path) -> None:
+    if config.training.start_from is None:
+        return
+    names = (model_name(config.model), *config.training.baselines)
+    if any(not (workdir / MODELS / name / CHECKPOINTS).is_dir() for name in names):
+        opened = open_start(config.training.start_from)
+        for model in (config.model, *(twin(config.model, name) for name in config.training.baselines)):
+            refuse_other_start(opened, model, config.training.start_from)
+
+
+def _devices(config: Config) -> str:
+    sizes = ", ".join(f"{axis} {size}" for axis in AXES if (size := getattr(config.mesh, axis)) > 1)
+    return jax.default_backend() + (f" ({config.mesh.devices} devices: {sizes})" if sizes else "")
 
 
 def _reads_neighbours(model: ModelConfig) -> bool:

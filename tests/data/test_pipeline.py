@@ -13,7 +13,7 @@ import orbax.checkpoint as ocp
 import pytest
 
 from retro_jax.config import ChunkConfig, DataConfig
-from retro_jax.data.pipeline import row_numbers, training_batches
+from retro_jax.data.pipeline import ALL, row_numbers, training_batches
 from retro_jax.data.reader import RowReader
 from retro_jax.data.training_rows import training_rows
 from retro_jax.errors import UserError
@@ -32,11 +32,11 @@ def make_reader(lengths=(5, 17, 40, 3, 8, 26, 31, 12), sources=(5, 3)):
     )
 
 
-def make_batches(weights=None, process=(0, 1), reader=None, **settings):
+def make_batches(weights=None, rows_here=ALL, reader=None, **settings):
     reader = reader or make_reader()
     config = DataConfig(**{"seq_len": L * C, "batch_size": 4, "seed": 7, **settings})
     rows = training_rows(reader.queries, config.seq_len, weights=weights)
-    return training_batches(rows, reader, config, weights=weights, process_index=process[0], process_count=process[1])
+    return training_batches(rows, reader, config, weights=weights, rows_here=rows_here)
 
 
 def take(batches, count):
@@ -84,16 +84,14 @@ def test_weights_mix_sources_exactly():
     assert sorted(first) == list(range(rows.source_rows[1])), "a source gives every row once before it repeats one"
 
 
-def test_hosts_share_the_global_batch():
+def test_processes_share_the_whole_batch():
     whole = take(make_batches(), 5)
-    hosts = [take(make_batches(process=(index, 2)), 5) for index in range(2)]
+    processes = [take(make_batches(rows_here=rows), 5) for rows in (slice(0, 1), slice(1, 4))]
     for step, (batch, ids) in enumerate(whole):
-        parts = [hosts[0][step], hosts[1][step]]
+        parts = [processes[0][step], processes[1][step]]
         np.testing.assert_array_equal(ids, np.concatenate([p[1] for p in parts]))
         np.testing.assert_array_equal(batch.tokens, np.concatenate([p[0].tokens for p in parts]))
         np.testing.assert_array_equal(batch.neighbours, np.concatenate([p[0].neighbours for p in parts]))
-    with pytest.raises(UserError, match="DataConfig.batch_size=4 is not a multiple of the 3 hosts; use 3"):
-        make_batches(process=(0, 3))
 
 
 def test_a_gpt_reads_identical_rows_without_neighbours():

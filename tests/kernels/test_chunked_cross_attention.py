@@ -29,7 +29,7 @@ def problem(seed, B, T, L, S, N, G, H, *, null=False, dtype=np.float32):
 
 @partial(jax.jit, static_argnums=(4, 5))
 def value_and_gradients(arrays, mask, first, do, chunk_len, implementation):
-    keywords = {"chunk_len": chunk_len, "first_chunk_len_B": first, "implementation": implementation}
+    keywords = {"chunk_len": chunk_len, "first_chunk_len": first, "implementation": implementation}
     o, vjp = jax.vjp(lambda q, k, v, null: chunked_cross_attention(q, k, v, mask, null, **keywords), *arrays)
     return o, vjp(do)
 
@@ -89,6 +89,22 @@ def test_a_first_chunk_of_full_length_is_the_aligned_row():
     np.testing.assert_array_equal(aligned[0], given_[0])
     for a, b in zip(aligned[1][:3], given_[1][:3], strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_a_row_in_parts_reads_the_chunk_before_each(implementation, parts):
+    """With first_chunk_len 0 chunk 0 is the last one of the part before; the first part's has no valid key."""
+    L, C, S = 6, 4, 5
+    (q, k, v, null), mask, _ = problem(8, 2, L * C, L, S, 4, 2, 6, null=True)
+    whole = chunked_cross_attention(q, k, v, mask, null, chunk_len=C, implementation=implementation)
+    k, v, mask = (jnp.concatenate([jnp.zeros_like(a[:, :1]), a], axis=1) for a in (k, v, jnp.asarray(mask)))
+    count = L // parts
+    for start in range(0, L, count):
+        chunks, tokens = slice(start, start + count + 1), slice(start * C, (start + count) * C)
+        keywords = {"chunk_len": C, "first_chunk_len": 0, "implementation": implementation}
+        part = chunked_cross_attention(q[:, tokens], k[:, chunks], v[:, chunks], mask[:, chunks], null, **keywords)
+        np.testing.assert_allclose(part, whole[:, tokens], atol=1e-6)
 
 
 @given(
@@ -168,7 +184,7 @@ def test_what_is_not_read_has_exactly_no_gradient(implementation):
 
 def test_what_does_not_fit_is_named():
     (q, k, v, _), mask, _ = problem(6, 2, 12, 3, 5, 2, 2, 6)
-    with pytest.raises(ValueError, match="12 tokens are not 3 chunks of 5; give first_chunk_len_B"):
+    with pytest.raises(ValueError, match="12 tokens are not 3 chunks of 5; give first_chunk_len"):
         chunked_cross_attention(q, k, v, mask, chunk_len=5)
     with pytest.raises(ValueError, match=r"mask \(2, 3, 4\) do not fit"):
         chunked_cross_attention(q, k, v, mask[..., :4], chunk_len=4)

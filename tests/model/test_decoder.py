@@ -59,7 +59,8 @@ def test_the_scan_is_the_loop_over_layers():
     assert stack.count == 3
     random = np.random.default_rng(0)
     x = jnp.asarray(random.standard_normal((2, 6, 16)), jnp.float32)
-    row = Row(causal_mask(jnp.ones((2, 6), jnp.int32)), jnp.asarray(np.tile(np.arange(6, dtype=np.int32), (2, 1))))
+    positions = jnp.asarray(np.tile(np.arange(6, dtype=np.int32), (2, 1)))
+    row = Row(causal_mask(jnp.ones((2, 6), jnp.int32)), positions, jnp.arange(2, dtype=jnp.uint32))
     graph, state = nnx.split(stack.group)
 
     @jax.jit

@@ -13,7 +13,7 @@ from jax.test_util import check_grads
 
 from retro_jax.model.attention import BlockShape, FeedForward, causal_mask
 from retro_jax.model.cca import causal_convolution
-from retro_jax.model.layers import Embedding, Linear, activate, dropout, normal, normalise, rotate
+from retro_jax.model.layers import Embedding, Linear, activate, dropout, normal, normalise, numbered, rotate
 from tests.model.build import small
 
 RANDOM = np.random.default_rng(0)
@@ -125,8 +125,9 @@ def test_embedding_takes_rows():
 
 def test_dropout_keeps_its_share_and_the_mean():
     x = jnp.ones((100, 100))
-    assert dropout(x, 0.25, None) is x and dropout(x, 0.0, jax.random.key(0)) is x
-    dropped = np.asarray(dropout(x, 0.25, jax.random.key(0)))
+    noise = numbered(jax.random.key(0), jnp.arange(100, dtype=jnp.uint32)[None])
+    assert dropout(x, 0.25, None) is x and dropout(x, 0.0, noise) is x
+    dropped = np.asarray(dropout(x[None], 0.25, noise))[0]
     assert set(np.unique(dropped)) == {np.float32(0.0), np.float32(1 / 0.75)}
     assert abs((dropped == 0).mean() - 0.25) < 0.02
 
@@ -140,11 +141,19 @@ def test_causal_mask_by_loop():
                 assert got[b, i, j] == (j <= i and segments[b, i] == segments[b, j] > 0)
 
 
-def test_causal_convolution_by_loop():
+@pytest.mark.parametrize("cut", [0, 1, 2, 4])
+def test_causal_convolution_by_loop(cut):
+    """Rows convolved in two parts, the second given the tokens before it."""
     x, taps = array(2, 6, 3), array(3, 3)
     segments = np.array([[1, 1, 1, 2, 2, 2], [1, 2, 2, 2, 0, 0]], np.int32)
+
+    def part(given, here, before):
+        pair = None if given is None else (jnp.asarray(given[:, here]), jnp.asarray(given[:, before]))
+        return causal_convolution(jnp.asarray(x[:, here]), jnp.asarray(taps), jnp.asarray(x[:, before]), pair)
+
     for given in (None, segments):
-        got = causal_convolution(jnp.asarray(x), jnp.asarray(taps), None if given is None else jnp.asarray(given))
+        first, second = part(given, slice(0, cut), slice(0, 0)), part(given, slice(cut, 6), slice(max(0, cut - 2), cut))
+        got = np.concatenate([first, second], axis=1)
         expected = np.zeros_like(x)
         for b in range(2):
             for t in range(6):

@@ -26,7 +26,7 @@ from retro_jax.training.checkpoint import load_model
 from retro_jax.training.optimizer import RETRIEVAL_PARTS, is_retrieval, is_trained
 from retro_jax.training.start import from_checkpoint
 from retro_jax.training.state import ModelForm, TrainState, initial_state, model_form
-from retro_jax.training.train import check_start
+from retro_jax.training.train import check_run
 from tests.model.build import gpt, randomised, rows, small
 from tests.training.tiny import run, tiny_config
 
@@ -133,7 +133,7 @@ def test_training_of_the_retrieval_alone(tmp_path: Path) -> None:
     assert any(path[-2:] == ("out", "weight") for path in moved)
     shutil.rmtree(tmp_path / "gpt")  # a run that has begun needs its start no more
     longer = tiny_config(steps=6, start_from=start, trained="retrieval")
-    check_start(longer, workdir_of(tmp_path))
+    check_run(longer, workdir_of(tmp_path))
     assert run(tmp_path / "retro", longer) == 2
 
 
@@ -151,17 +151,17 @@ def test_a_checkpoint_that_does_not_fit_is_refused_at_once(tmp_path: Path) -> No
     with pytest.raises(
         UserError, match=r"needs ModelConfig.ffn_dim=24 \(not 40\), ModelConfig.norm='layernorm' \(not 'rmsnorm'\)$"
     ):
-        check_start(of_run(other, folder), tmp_path)
-    check_start(of_run(dataclasses.replace(PLAIN, vocab_size=None), folder), tmp_path)
+        check_run(of_run(other, folder), tmp_path)
+    check_run(of_run(dataclasses.replace(PLAIN, vocab_size=None), folder), tmp_path)
     with pytest.raises(UserError, match=r"ModelConfig.vocab_size=64 \(not 128\)"):
         started(dataclasses.replace(PLAIN, vocab_size=128), folder)
     with pytest.raises(UserError, match=r"start_from='.*nowhere' is not there"):
-        check_start(of_run(PLAIN, str(tmp_path / "nowhere")), tmp_path)
+        check_run(of_run(PLAIN, str(tmp_path / "nowhere")), tmp_path)
     with pytest.raises(UserError, match=r"holds neither checkpoints/, .* nor config.json"):
-        check_start(of_run(PLAIN, str(tmp_path)), tmp_path)
+        check_run(of_run(PLAIN, str(tmp_path)), tmp_path)
     (tmp_path / "gpt" / "config.json").write_text('{"model_type": "megatron-core"}')
     with pytest.raises(UserError, match="make it ours first: python -m retro_jax convert --from megatron-core --to retro"):
-        check_start(of_run(PLAIN, folder), tmp_path)
+        check_run(of_run(PLAIN, folder), tmp_path)
 
 
 @pytest.mark.parametrize(

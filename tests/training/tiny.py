@@ -6,6 +6,7 @@ import json
 import resource
 import sys
 import time
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,23 @@ from retro_jax.config import (
     DataConfig,
     EncoderConfig,
     EvalConfig,
+    MeshConfig,
     ModelConfig,
     OptimizerConfig,
     RetroConfig,
     TrainConfig,
 )
 from retro_jax.data.batch import Batch
+from retro_jax.data.pipeline import ALL
 from retro_jax.errors import UserError
+from retro_jax.parallel.layout import make_layout
+from retro_jax.parallel.processes import join_processes
 from retro_jax.training.loop import Job, fit
 
 V, B, L, C, K, R = 64, 4, 2, 8, 2, 16
 
 
-def tiny_config(**settings: Any) -> Config:
+def tiny_config(mesh: MeshConfig = MeshConfig(), **settings: Any) -> Config:  # noqa: B008  frozen
     """A run of 12 steps that saves, validates and logs often; ``settings`` are of TrainConfig."""
     chunks = ChunkConfig(chunk_len=C, num_neighbours=K, retrieved_len=R)
     encoder = EncoderConfig(num_layers=1)
@@ -42,6 +47,7 @@ def tiny_config(**settings: Any) -> Config:
         model=ModelConfig(vocab_size=V, width=16, num_layers=1, num_heads=2, dropout=0.1, norm="rmsnorm", retro=retro),
         optimizer=OptimizerConfig(learning_rate=1e-2, warmup_steps=2),
         training=TrainConfig(**settings),
+        mesh=mesh,
         evaluation=EvalConfig(window=L * C, stride=L * C),
     )
 
@@ -62,12 +68,13 @@ def random_batch(seed: int, *, rows: int = B) -> tuple[Batch, np.ndarray]:
     return batch, seed * 1000 + np.arange(rows * L).reshape(rows, L)
 
 
-def tiny_batches(spoilt: int | None = None, wait: float = 0.0) -> grain.DatasetIterator:
+def tiny_batches(spoilt: int | None = None, wait: float = 0.0, rows_here: slice = ALL) -> grain.DatasetIterator:
     """Endless shuffled batches; the ``spoilt``-th (from 0) makes the loss NaN, each takes ``wait`` seconds to read."""
 
     def read(number: int) -> tuple[Batch, np.ndarray]:
         time.sleep(wait)
         batch, ids = random_batch(number)
+        batch, ids = Batch(*(array if array is None else array[rows_here] for array in batch)), ids[rows_here]
         return (batch._replace(loss_mask=batch.loss_mask * np.nan) if number == spoilt else batch), ids
 
     numbers = grain.MapDataset.range(1000) if spoilt is not None else grain.MapDataset.range(1000).shuffle(seed=3).repeat()
@@ -77,13 +84,19 @@ def tiny_batches(spoilt: int | None = None, wait: float = 0.0) -> grain.DatasetI
 def run(folder: Path, config: Config, *, spoilt: int | None = None, wait: float = 0.0, model: ModelConfig | None = None) -> int:
     """Train in ``folder``; how many steps were run."""
     job = Job(name="tiny", config=config, model=model or config.model, folder=folder, config_text="tiny = 1")
-    return fit(job, tiny_batches(spoilt, wait), lambda: [random_batch(-seed % 10_000) for seed in (1, 2)])
+    layout = make_layout(config.mesh)
+    rows_here = ALL if layout is None else layout.rows_here(B)
+    return fit(job, tiny_batches(spoilt, wait, rows_here), lambda: [random_batch(-seed % 10_000) for seed in (1, 2)])
 
 
 def main() -> None:
-    """The settings after the folder are JSON: TrainConfig's, ``spoilt`` and ``wait`` of :func:`tiny_batches`, and
-    ``largest_file``, the bytes that no file may grow beyond."""
+    """The settings after the folder are JSON: TrainConfig's, ``spoilt`` and ``wait`` of :func:`tiny_batches`, ``mesh`` of
+    MeshConfig, ``processes`` (coordinator, how many, which one), and ``largest_file``, the bytes that no file may grow beyond."""
     settings = json.loads(sys.argv[2])
+    if processes := settings.pop("processes", None):
+        coordinator, count, number = processes
+        join_processes(Namespace(distributed=True, coordinator=coordinator, processes=count, process=number))
+    settings["mesh"] = MeshConfig(**settings.pop("mesh", {}))
     if limit := settings.pop("largest_file", None):
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     own = {name: settings.pop(name) for name in ("spoilt", "wait") if name in settings}

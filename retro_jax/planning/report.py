@@ -1,0 +1,111 @@
+"""A plan as a table, as JSON and as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from retro_jax.config import resolved
+from retro_jax.parallel.axes import AXES
+from retro_jax.planning.plan import Plan
+from retro_jax.planning.target import Target
+
+GIB = 2**30
+
+
+def print_plan(plan: Plan, target: Target, console: Console) -> None:
+    """Memory by kind, operations, exchanges and the time of each limit."""
+    mesh = plan.config.mesh
+    sizes = ", ".join(f"{axis} {size}" for axis in AXES if (size := getattr(mesh, axis)) > 1) or "one device"
+    data = plan.config.data
+    console.print(
+        f"{plan.parameters:,} parameters, {data.batch_size} rows of {data.seq_len} tokens a step in "
+        f"{plan.config.training.accumulate} parts, "
+        f"{mesh.devices} x {target.name} ({sizes}), recompute '{plan.model.recompute}'"
+    )
+    table = Table("memory of a device", "")
+    for kind, size in plan.memory.items():
+        table.add_row(kind + (" (estimate)" if kind == "workspace" else ""), in_bytes(size))
+    table.add_section()
+    table.add_row("in all", in_bytes(plan.total_memory))
+    table.add_row("there is", in_bytes(target.memory))
+    console.print(table)
+    if plan.offloaded:
+        console.print(f"in the host's memory: {in_bytes(plan.offloaded)} a device")
+    limits = Table("a step takes at least, by", "of a device", "")
+    seconds = plan.seconds(target)
+    received = {f"links of {axis}": plan.received(axis) for axis in AXES}
+    for name, time in seconds.items():
+        amount = f"{plan.hardware_flops / 1e12:,.2f} TFLOP" if name == "products" else ""
+        limits.add_row(name, amount or (in_bytes(received[name]) if name in received else ""), in_seconds(time))
+    console.print(limits)
+    bound = max(seconds, key=seconds.__getitem__)
+    longest = seconds[bound]
+    again, most = plan.hardware_flops / plan.model_flops - 1, plan.model_flops / longest / target.flops
+    console.print(
+        f"The limit is {bound}: a step takes {in_seconds(longest)} or more, at most {most:.0%} MFU if all overlaps. Of products, "
+        f"{again:.1%} more than the model's own are computed. A checkpoint is {in_bytes(plan.checkpoint)}."
+    )
+
+
+def in_bytes(size: float) -> str:
+    """In the largest unit that leaves a whole number."""
+    for unit, power in (("GiB", 3), ("MiB", 2), ("KiB", 1)):
+        if size >= 1024**power:
+            return f"{size / 1024**power:,.2f} {unit}"
+    return f"{size:.0f} bytes"
+
+
+def in_seconds(time: float) -> str:
+    """In seconds, milliseconds or microseconds."""
+    for unit, size in (("s", 1.0), ("ms", 1e-3)):
+        if time >= size:
+            return f"{time / size:,.2f} {unit}"
+    return f"{time / 1e-6:,.2f} us"
+
+
+def plan_json(plan: Plan, target: Target) -> dict[str, Any]:
+    """All figures of a plan, in bytes, operations and seconds."""
+    return {
+        "target": target.name,
+        "mesh": resolved(plan.config.mesh),
+        "model": resolved(plan.model),
+        "rows": plan.config.data.batch_size,
+        "seq_len": plan.config.data.seq_len,
+        "parameters": plan.parameters,
+        "memory": {**plan.memory, "total": plan.total_memory, "offloaded": plan.offloaded, "target": int(target.memory)},
+        "fits": plan.total_memory <= target.memory,
+        "flops": {"model": plan.model_flops, "hardware": plan.hardware_flops},
+        "exchanges": [
+            {"operation": e.operation, "axes": list(e.axes), "received": e.received, "times": e.times} for e in plan.exchanges
+        ],
+        "seconds": plan.seconds(target),
+        "checkpoint": plan.checkpoint,
+    }
+
+
+def draw_plans(plans: list[Plan], target: Target, path: Path) -> None:
+    """A bar a plan, stacked by kind of memory, under the line of what there is."""
+    figure = Figure(figsize=(4.0 + 1.5 * len(plans), 4.5), layout="constrained")
+    axes = FigureCanvasAgg(figure).figure.subplots()
+    names = [_name(plan) for plan in plans]
+    bottoms = [0.0] * len(plans)
+    for kind in plans[0].memory:
+        heights = [plan.memory[kind] / GIB for plan in plans]
+        axes.bar(names, heights, 0.6, bottom=bottoms, label=kind)
+        bottoms = [bottom + height for bottom, height in zip(bottoms, heights, strict=True)]
+    axes.axhline(target.memory / GIB, color="black", linestyle="--", linewidth=1, label=target.name)
+    axes.set_ylabel("GiB of a device")
+    axes.legend(fontsize="small", loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    figure.savefig(path, dpi=150)
+
+
+def _name(plan: Plan) -> str:
+    mesh = plan.config.mesh
+    sizes = [f"{axis} {size}" for axis in AXES if (size := getattr(mesh, axis)) > 1]
+    return "\n".join([*(sizes or ["one device"]), plan.model.recompute])
