@@ -22,9 +22,15 @@ def make_mesh(config: MeshConfig) -> Mesh:
     """The devices in the order of the axes, ``tensor`` innermost, where links are fastest.
 
     Raises:
-        UserError: there are not so many.
+        UserError: there are not so many; or there are several processes, of which some would have none of those that are used.
     """
-    there = jax.device_count()
+    there, processes = jax.device_count(), jax.process_count()
+    if processes > 1 and config.devices != there:
+        sizes = " * ".join(f"{axis}={getattr(config, axis)}" for axis in AXES)
+        raise UserError(
+            f"{processes} processes have {there} devices together, but MeshConfig's {sizes} are {config.devices}; choose sizes "
+            f"whose product is {there}, or start another number of processes"
+        )
     if config.devices > there:
         sizes = ", ".join(f"MeshConfig.{axis}={getattr(config, axis)}" for axis in AXES if getattr(config, axis) > 1)
         raise UserError(f"{sizes} take {config.devices} devices, and there are {there}; lower one of them")
@@ -37,9 +43,10 @@ def make_layout(config: MeshConfig) -> Layout | None:
     """The layout of a run; None where one device does all of it.
 
     Raises:
-        UserError: there are not so many devices.
+        UserError: as of :func:`make_mesh`.
     """
-    return None if config.devices == 1 else Layout(config, make_mesh(config))
+    mesh = make_mesh(config)
+    return Layout(config, mesh) if config.devices > 1 else None
 
 
 @dataclass(frozen=True)

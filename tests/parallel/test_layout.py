@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import jax
 import pytest
 from jax.sharding import PartitionSpec as P
 
@@ -68,6 +69,18 @@ def test_what_does_not_divide_names_the_size(model: dict, mesh: dict, told: str)
 def test_more_devices_than_there_are() -> None:
     with pytest.raises(UserError, match=r"MeshConfig.data=4, MeshConfig.tensor=4 take 16 devices, and there are 8"):
         make_mesh(MeshConfig(data=4, tensor=4))
+
+
+@pytest.mark.parametrize(
+    ("mesh", "product"), [({}, r"data=1 \* fsdp=1 \* sequence=1 \* tensor=1 are 1"), ({"fsdp": 2, "tensor": 2}, "tensor=2 are 4")]
+)
+def test_several_processes_use_all_devices(mesh: dict, product: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the default mesh each of them would train alone, in the same folder."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for make in (make_layout, make_mesh):
+        with pytest.raises(UserError, match=rf"2 processes have 8 devices together, .*{product}; choose sizes whose product is"):
+            make(MeshConfig(**mesh))
+    assert make_layout(MeshConfig(data=2, fsdp=2, tensor=2)) is not None
 
 
 @pytest.mark.parametrize(
