@@ -30,7 +30,7 @@ def join_processes(arguments: argparse.Namespace) -> None:
         arguments: of :func:`retro_jax.cli.add_processes`.
 
     Raises:
-        UserError: the launcher is not known, or the arguments do not say everything.
+        UserError: the launcher is not known, or the arguments do not say everything, or what cannot be.
     """
     given = {
         "coordinator_address": arguments.coordinator,
@@ -42,15 +42,27 @@ def join_processes(arguments: argparse.Namespace) -> None:
         return
     if 0 < len(missing) < len(given):
         raise UserError("--coordinator, --processes and --process are given together, or none of them where the launcher says it")
+    if not missing:
+        _refuse_impossible(**given)
     try:
         jax.distributed.initialize(**given, heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
     except ValueError as error:
         raise UserError(
-            f"no launcher was recognised ({error}); start the processes with SLURM, Open MPI or Kubernetes, or give each of them "
-            "--coordinator HOST:PORT --processes N --process I"
+            f"no launcher was recognised ({str(error).rstrip('.')}); start the processes with SLURM, Open MPI or Kubernetes, or "
+            "give each of them --coordinator HOST:PORT --processes N --process I"
         ) from None
     if not is_first():
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  open for the rest of the process
+
+
+def _refuse_impossible(coordinator_address: str, num_processes: int, process_id: int) -> None:
+    host, _, port = coordinator_address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise UserError(f"--coordinator {coordinator_address} is not HOST:PORT; name the first process's host and a free port")
+    if not 0 <= process_id < num_processes:
+        raise UserError(
+            f"--process {process_id} is none of --processes {num_processes}; number the processes from 0, and count all of them"
+        )
 
 
 def is_first() -> bool:
