@@ -6,13 +6,11 @@ collective is one that the program states. Loops count as often as they run.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import prod
 from typing import Any, NamedTuple
 
-import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Var
 
 COLLECTIVES = ("all_gather", "reduce_scatter", "psum", "pmax", "ppermute")
@@ -48,11 +46,6 @@ def collectives(program: ClosedJaxpr) -> list[Collective]:
     return found
 
 
-def counted(exchanges: list[Collective], scan: str | None) -> Counter[str]:
-    """How many exchanges of each kind stand in the scans of a direction, or outside of all (None)."""
-    return Counter(e.operation for e in exchanges if e.scan == scan)
-
-
 def product_flops(program: ClosedJaxpr) -> int:
     """2 M N K over all matrix products that one device computes."""
     total = 0
@@ -65,18 +58,6 @@ def product_flops(program: ClosedJaxpr) -> int:
     return total
 
 
-def saved_bytes(function: Callable[..., Any], *arguments: Any) -> int:
-    """Bytes that the forward pass of a function leaves for its backward pass, its arguments not counted.
-
-    Args:
-        function: of arrays.
-        arguments: trees of arrays, or of ``jax.ShapeDtypeStruct``: nothing is computed.
-    """
-    traced = jax.make_jaxpr(lambda *arguments: jax.tree.leaves(jax.vjp(function, *arguments)[1]))(*arguments).jaxpr
-    arrays = {v for v in traced.outvars if isinstance(v, Var)} - {*traced.invars, *traced.constvars}
-    return sum(v.aval.size * v.aval.dtype.itemsize for v in arrays)  # type: ignore[attr-defined]
-
-
 class SavedBytes(NamedTuple):
     """Bytes that wait for the backward pass, on the device and in the host's memory."""
 
@@ -85,9 +66,14 @@ class SavedBytes(NamedTuple):
 
 
 def saved_inside(program: ClosedJaxpr) -> SavedBytes:
-    """Of a program that is one ``shard_map`` whose results are residuals: what one device saves beside what it was given."""
-    (mapped,) = (equation for equation in program.jaxpr.eqns if equation.primitive.name == "shard_map")
-    inside = mapped.params["jaxpr"]
+    """What one device saves beside what it was given.
+
+    Args:
+        program: its results are what a forward pass leaves for its backward pass; it may stand whole in one ``shard_map``.
+    """
+    mapped = [equation for equation in program.jaxpr.eqns if equation.primitive.name == "shard_map"]
+    assert len(mapped) <= 1, "only one shard_map around the whole program is looked into"
+    inside = mapped[0].params["jaxpr"] if mapped else program.jaxpr
     arrays = {v for v in inside.outvars if isinstance(v, Var)} - {*inside.invars, *inside.constvars}
     sizes = {"device": 0, "host": 0}
     for array in arrays:

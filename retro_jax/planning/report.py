@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -81,9 +82,7 @@ def plan_json(plan: Plan, target: Target) -> dict[str, Any]:
         "memory": {**plan.memory, "total": plan.total_memory, "offloaded": plan.offloaded, "target": int(target.memory)},
         "fits": plan.total_memory <= target.memory,
         "flops": {"model": plan.model_flops, "hardware": plan.hardware_flops},
-        "exchanges": [
-            {"operation": e.operation, "axes": list(e.axes), "received": e.received, "times": e.times} for e in plan.exchanges
-        ],
+        "exchanges": [dataclasses.asdict(exchange) for exchange in plan.exchanges],
         "seconds": plan.seconds(target),
         "checkpoint": plan.checkpoint,
     }

@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from retro_jax.config import MeshConfig, ModelConfig
-from retro_jax.planning.program import BACKWARD, FORWARD, collectives, counted
+from retro_jax.planning.program import BACKWARD, FORWARD, Collective, collectives
 from tests.parallel.build import B, C, K, L, R, model_config, program
 
 # A sub-layer gathers its tokens and sums its result into shares; backwards the share is gathered again, the result's gradient is
@@ -20,6 +20,11 @@ LOSS = Counter(pmax=1)
 
 def times(count: int, exchanges: Counter[str]) -> Counter[str]:
     return Counter({name: count * number for name, number in exchanges.items()})
+
+
+def counted(exchanges: list[Collective], scan: str | None) -> Counter[str]:
+    """How many exchanges of each kind stand in the scans of a direction, or outside of all (None)."""
+    return Counter(e.operation for e in exchanges if e.scan == scan)
 
 
 def of(model: ModelConfig, **mesh: int) -> dict[str | None, Counter[str]]:

@@ -135,6 +135,8 @@ def test_the_command_writes_a_table_json_and_a_picture(tmp_path: Path, capsys: p
     assert "2 x" not in capsys.readouterr().err
     (plan,) = json.loads((tmp_path / "plan.json").read_text())
     assert plan["fits"] and plan["mesh"]["tensor"] == 2 and plan["memory"]["total"] < plan["memory"]["target"] == 80e9
+    assert {e["scan"] for e in plan["exchanges"]} == {"forward", "backward", None}
+    assert all(e["operation"] and e["axes"] and e["received"] > 0 and e["times"] > 0 for e in plan["exchanges"])
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 

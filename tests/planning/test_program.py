@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import pytest
 
 from retro_jax.config import MeshConfig
-from retro_jax.planning.program import collectives, product_flops, saved_bytes
+from retro_jax.planning.program import collectives, product_flops, saved_inside
 from retro_jax.training.flops import train_flops
 from tests.parallel.build import B, C, K, L, R, T, abstract_state, batch, model_config, prepared, program
+
+
+def saved_bytes(function: Callable[..., jax.Array], *arguments: Any) -> int:
+    """By the function of arrays, or of their shapes, for its backward pass."""
+    residuals = jax.make_jaxpr(lambda *arguments: jax.tree.leaves(jax.vjp(function, *arguments)[1]))(*arguments)
+    return saved_inside(residuals).device
 
 
 def test_a_scan_counts_as_often_as_it_runs() -> None:
