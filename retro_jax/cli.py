@@ -64,14 +64,7 @@ def argument_parser(prog: str, what: str, example: str) -> argparse.ArgumentPars
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="gin file, or the name of one in configs/ (quickstart)")
     parser.add_argument("--workdir", metavar="DIR", help="folder of all that the run writes (default: runs/<config's name>)")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        dest="overrides",
-        metavar="Class.field=value",
-        help="change one setting, for example --set TrainConfig.steps=100; may be given again for others",
-    )
+    _add_overrides(parser)
     return parser
 
 
@@ -217,9 +210,7 @@ def _add_plan(commands: argparse._SubParsersAction) -> None:
         epilog="example: python -m retro_jax plan --config instructretro_9500m --mesh data=2,fsdp=4,tensor=8 --target h100",
     )
     parser.add_argument("--config", required=True, metavar="FILE", help="gin file, or the name of one in configs/")
-    parser.add_argument(
-        "--set", action="append", default=[], dest="overrides", metavar="Class.field=value", help="as for train.py"
-    )
+    _add_overrides(parser)
     parser.add_argument("--mesh", metavar="AXIS=N,...", help="data, fsdp, sequence, tensor (default: the config's MeshConfig)")
     parser.add_argument("--target", choices=("a100", "h100", "h200"), default="h100", help="the GPU (default: h100)")
     parser.add_argument("--json", metavar="FILE", help="write all figures too")
@@ -245,9 +236,7 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--input", required=True, metavar="PATH", help="the checkpoint's folder, or its one file")
     parser.add_argument("--output", required=True, metavar="PATH", help="a folder that does not exist yet")
     parser.add_argument("--config", metavar="FILE", help="a config with the model's settings; needed to read Megatron's")
-    parser.add_argument(
-        "--set", action="append", default=[], dest="overrides", metavar="CLASS.FIELD=VALUE", help="as for train.py"
-    )
+    _add_overrides(parser)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="write in this dtype (default: as it is)")
     parser.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="ranks to write for Megatron (default: 1)")
     parser.add_argument("--checkpoint", default="latest", metavar="latest|best|STEP", help="of a run (default: latest)")
@@ -257,6 +246,17 @@ def _add_convert(commands: argparse._SubParsersAction) -> None:
     parser.add_argument("--allow-pickle", action="store_true", help="read PyTorch's pickles too, weights only (needs torch)")
     parser.add_argument("--verify", action="store_true", help="run both on the same tokens and compare before anything is kept")
     parser.add_argument("--report", action="store_true", help="print where every tensor came from and went")
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        dest="overrides",
+        metavar="Class.field=value",
+        help="change one setting, for example --set TrainConfig.steps=100; may be given again for others",
+    )
 
 
 def _plan(arguments: argparse.Namespace) -> None:
