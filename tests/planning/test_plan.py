@@ -15,7 +15,7 @@ from retro_jax.errors import UserError
 from retro_jax.model import count_parameters
 from retro_jax.planning.command import mesh_of
 from retro_jax.planning.plan import make_plan
-from retro_jax.planning.report import print_plan
+from retro_jax.planning.report import in_bytes, in_seconds, print_plan
 from retro_jax.planning.search import candidates, nearest_that_fits, on_mesh
 from retro_jax.planning.target import TARGETS
 from retro_jax.training.flops import train_flops
@@ -132,8 +132,13 @@ def test_candidates_keep_the_number_of_devices_as_long_as_they_can() -> None:
 def test_the_command_writes_a_table_json_and_a_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["plan", "--config", "quickstart", "--mesh", "data=2,tensor=2", "--target", "a100"]
     assert main([*arguments, "--json", str(tmp_path / "plan.json"), "--png", str(tmp_path / "plan.png")]) == 0
-    assert "2 x" not in capsys.readouterr().err
+    told = capsys.readouterr().out
     (plan,) = json.loads((tmp_path / "plan.json").read_text())
+    assert "4 x A100 SXM 80 GB (data 2, tensor 2)" in told
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in told.splitlines()]
+    assert ["in all", in_bytes(plan["memory"]["total"])] in rows and ["there is", "74.51 GiB"] in rows, told
+    limit = max(plan["seconds"], key=plan["seconds"].get)
+    assert f"The limit is {limit}: a step takes {in_seconds(plan['seconds'][limit])} or more" in told
     assert plan["fits"] and plan["mesh"]["tensor"] == 2 and plan["memory"]["total"] < plan["memory"]["target"] == 80e9
     assert {e["scan"] for e in plan["exchanges"]} == {"forward", "backward", None}
     assert all(e["operation"] and e["axes"] and e["received"] > 0 and e["times"] > 0 for e in plan["exchanges"])
