@@ -18,14 +18,12 @@ from tests.parallel.build import alone, assert_same, batch, first_state, model_c
 POLICIES = ("none", "selective", "full", "offload")
 SIZES = (1, 2, 4, 8)
 MESHES = [sizes for sizes in itertools.product(SIZES, repeat=4) if 1 < sizes[0] * sizes[1] * sizes[2] * sizes[3] <= 8]
-# (form, policy, (data, fsdp, sequence, tensor)): every two axes together, and every policy.
+# (form, policy, (data, fsdp, sequence, tensor)): every two axes together, and every policy; a Retro takes three times as long.
 CHOSEN = [
-    ("gpt", "none", (2, 2, 1, 2)),
-    ("gpt", "selective", (1, 2, 4, 1)),
-    ("retro", "none", (1, 1, 4, 2)),
-    ("retro", "selective", (1, 2, 2, 2)),
-    ("retro", "full", (1, 2, 1, 4)),
-    ("retro", "offload", (2, 1, 2, 1)),
+    ("gpt", "none", (1, 1, 4, 2)),
+    ("gpt", "selective", (2, 2, 2, 1)),
+    ("gpt", "offload", (2, 1, 1, 4)),
+    ("retro", "full", (1, 2, 2, 2)),
 ]
 SLOW = [case for case in itertools.product(("gpt", "retro"), POLICIES, MESHES) if case not in CHOSEN]
 
@@ -45,23 +43,24 @@ def test_exceptions_to_a_policy_change_no_number() -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "accumulate"),
+    ("form", "sizes", "accumulate"),
     [
-        ((2, 1, 2, 2), 2),
-        pytest.param((1, 2, 1, 4), 1, marks=pytest.mark.slow),
-        pytest.param((1, 1, 4, 2), 4, marks=pytest.mark.slow),
+        ("gpt", (2, 1, 2, 2), 2),
+        pytest.param("retro", (2, 1, 2, 2), 2, marks=pytest.mark.slow),
+        pytest.param("retro", (1, 2, 1, 4), 1, marks=pytest.mark.slow),
+        pytest.param("retro", (1, 1, 4, 2), 4, marks=pytest.mark.slow),
     ],
 )
-def test_the_same_is_dropped_on_every_mesh(sizes: tuple[int, int, int, int], accumulate: int) -> None:
+def test_the_same_is_dropped_on_every_mesh(form: str, sizes: tuple[int, int, int, int], accumulate: int) -> None:
     """Of streams, attention weights (decoder, CCA, encoder) and neighbours; in however many parts the batch is accumulated."""
-    model = model_config("retro", dropout=0.2, attention_dropout=0.2)
-    assert model.retro is not None
-    encoder = EncoderConfig(num_layers=1, dropout=0.2, attention_dropout=0.2)
-    model = dataclasses.replace(model, retro=dataclasses.replace(model.retro, encoder=encoder, neighbour_dropout=0.3))
+    model = model_config(form, dropout=0.2, attention_dropout=0.2)
+    if model.retro is not None:
+        encoder = EncoderConfig(num_layers=1, dropout=0.2, attention_dropout=0.2)
+        model = dataclasses.replace(model, retro=dataclasses.replace(model.retro, encoder=encoder, neighbour_dropout=0.3))
     data, fsdp, sequence, tensor = sizes
     mesh = MeshConfig(data=data, fsdp=fsdp, sequence=sequence, tensor=tensor)
     assert_same(step(model, mesh, accumulate=accumulate), alone(model))
-    assert abs(alone(model).loss - alone(model_config("retro")).loss) > 1e-4
+    assert abs(alone(model).loss - alone(model_config(form)).loss) > 1e-4
 
 
 @pytest.mark.slow

@@ -101,6 +101,7 @@ def test_several_processes_train_to_the_same_losses(alone: Path, tmp_path: Path,
     assert not any("tiny" in out + err for _, out, err in results[1:])
 
 
+@pytest.mark.slow  # the others wait a minute for its heartbeats
 def test_the_death_of_one_ends_all_and_the_run_goes_on_elsewhere(alone: Path, tmp_path: Path) -> None:
     processes = started(tmp_path, 2, 2, mesh={"data": 2, "tensor": 2}, wait=0.5)
     deadline = time.monotonic() + 300
