@@ -13,6 +13,7 @@ from retro_jax.cli import main
 from retro_jax.config import ChunkConfig, Config, DataConfig, EvalConfig, MeshConfig, ModelConfig, RetroConfig
 from retro_jax.errors import UserError
 from retro_jax.model import count_parameters
+from retro_jax.planning import search
 from retro_jax.planning.command import mesh_of
 from retro_jax.planning.plan import make_plan
 from retro_jax.planning.report import in_bytes, in_seconds, print_plan
@@ -94,7 +95,7 @@ def test_the_slowest_limit_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     assert f"The limit is {max(seconds, key=seconds.get)}" in " ".join(capsys.readouterr().out.split())  # type: ignore[arg-type]
 
 
-def test_the_nearest_that_fits() -> None:
+def test_the_nearest_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     """More recomputation first, then more devices."""
     config, model = of(recompute="none")
     none, full = make_plan(config, model), make_plan(config, dataclasses.replace(model, recompute="full"))
@@ -104,8 +105,10 @@ def test_the_nearest_that_fits() -> None:
     found = nearest_that_fits(config, model, target, lambda *candidate: tried.append(candidate))
     assert found is not None and found.config.mesh == config.mesh and found.model.recompute == "full" and len(tried) == 3
     target = dataclasses.replace(TARGETS["h100"], memory=full.total_memory / 3)
+    config, model = of(recompute="full")
     found = nearest_that_fits(config, model, target, lambda *candidate: None)
     assert found is not None and found.config.mesh.devices in (2, 4, 8) and found.total_memory <= target.memory
+    monkeypatch.setattr(search, "MOST_DEVICES", 4)
     assert nearest_that_fits(config, model, dataclasses.replace(target, memory=1.0), lambda *candidate: None) is None
 
 
