@@ -30,7 +30,7 @@ import json, os, sys, time
 from pathlib import Path
 
 import faiss
-from sklearn.utils.extmath import randomized_svd
+import sklearn.feature_extraction.text, sklearn.preprocessing, sklearn.utils.extmath
 
 from retro_jax.artefact import open_artefact
 from retro_jax.config import ChunkConfig, CorpusConfig, RetrievalConfig, TokenizerConfig

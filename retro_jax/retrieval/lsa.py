@@ -8,7 +8,6 @@ from typing import ClassVar, Self
 
 import numpy as np
 from scipy.sparse import csr_matrix, vstack
-from sklearn.utils.extmath import randomized_svd
 
 from retro_jax.array_files import save_array
 from retro_jax.config import RetrievalConfig
@@ -71,6 +70,8 @@ class LsaEmbedder:
         [columns, leading]; ``sketch.npy`` int32 [features, 4], the places that a column adds to, from 1, negative where it
         subtracts, 0 for none; ``sketched_directions.npy``, the sketch of each direction.
         """
+        from sklearn.utils.extmath import randomized_svd  # scikit-learn takes a second to import
+
         facts = dict(TfidfEmbedder.fit(config, texts, folder))
         rng = np.random.default_rng(config.seed)
         sample_NF = _sample(TfidfEmbedder.load(folder, cls.facts(config)), config, texts, rng)

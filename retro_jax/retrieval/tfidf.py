@@ -4,17 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import TYPE_CHECKING, ClassVar, Self
 
 import numpy as np
 from scipy.sparse import csr_matrix
-from sklearn.feature_extraction.text import HashingVectorizer
-from sklearn.preprocessing import normalize
 
 from retro_jax.array_files import save_array
 from retro_jax.blocks import block_arrays, keep_blocks_of, run_blocks
 from retro_jax.config import RetrievalConfig
 from retro_jax.retrieval.chunk_texts import ChunkTexts
+
+if TYPE_CHECKING:  # it takes a second to import, and most commands embed nothing
+    from sklearn.feature_extraction.text import HashingVectorizer
 
 
 class TfidfEmbedder:
@@ -67,6 +68,8 @@ class TfidfEmbedder:
 
     def embed(self, texts: list[str]) -> csr_matrix:
         """float32 csr_matrix [texts, features], rows of unit length; a text without words has an empty row."""
+        from sklearn.preprocessing import normalize
+
         vectors_NF = self._count.transform(texts)
         vectors_NF.data = ((1 + np.log(vectors_NF.data)) * self._idf_F[vectors_NF.indices]).astype(np.float32)
         return normalize(vectors_NF, copy=False)
@@ -78,6 +81,8 @@ def count_ngrams(texts: list[str], features: int, max_ngram: int) -> csr_matrix:
 
 
 def _counter(features: int, max_ngram: int) -> HashingVectorizer:
+    from sklearn.feature_extraction.text import HashingVectorizer
+
     return HashingVectorizer(n_features=features, ngram_range=(1, max_ngram), alternate_sign=False, norm=None, dtype=np.float32)
 
 

@@ -20,12 +20,13 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
-
-from tensorboardX import SummaryWriter
+from typing import TYPE_CHECKING, Any
 
 from retro_jax.artefact import write_text
 from retro_jax.training.step import StepMetrics
+
+if TYPE_CHECKING:
+    from tensorboardX import SummaryWriter
 
 METRICS, TIMINGS, TENSORBOARD = "metrics.jsonl", "timings.jsonl", "tensorboard"
 
@@ -81,6 +82,8 @@ class MetricLog:
             return
         for name in (METRICS, TIMINGS):
             truncate(folder / name, restored)
+        from tensorboardX import SummaryWriter  # it imports PyTorch where that is installed
+
         self._board = SummaryWriter(str(folder / TENSORBOARD), purge_step=restored + 1, write_to_disk=True)
 
     def __enter__(self) -> MetricLog:
