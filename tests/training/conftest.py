@@ -13,7 +13,8 @@ SETTINGS = {"jax_compilation_cache_dir": None, "jax_persistent_cache_min_compile
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A folder of compiled programs, shared with the processes that tests start and with the next session."""
+    """A folder of compiled programs, shared with the next session and with the processes that tests start, if they have as many
+    devices as this one."""
     settings = {**SETTINGS, "jax_compilation_cache_dir": str(tmp_path_factory.getbasetemp().parent / "compiled")}
     before = {name: getattr(jax.config, name) for name in settings}
     with pytest.MonkeyPatch.context() as patch:

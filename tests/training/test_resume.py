@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -38,7 +39,10 @@ def assert_equal_runs(one: Path, other: Path) -> None:
 
 def start(folder: Path, **settings: object) -> subprocess.Popen[str]:
     arguments = [sys.executable, "-m", "tests.training.tiny", str(folder), json.dumps(settings)]
-    return subprocess.Popen(arguments, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    # With as many devices as there are here, what is compiled here need not be compiled there.
+    environment = {**os.environ, "JAX_NUM_CPU_DEVICES": str(jax.device_count())}
+    pipe = subprocess.PIPE
+    return subprocess.Popen(arguments, cwd=REPOSITORY, env=environment, stdout=pipe, stderr=subprocess.STDOUT, text=True)
 
 
 def wait_for(condition: object, process: subprocess.Popen[str], seconds: float = 300.0) -> None:
