@@ -1,6 +1,7 @@
 # make quickstart   install into .venv and train GPT and Retro on Python's documentation (10 minutes on 2 cores)
 # make test         the tests (under 15 minutes on 2 cores); TESTS=tests/corpus for a part of them
 # make test-all     the slow ones too, on this Python and on Python 3.12 where there is one; continues where it stopped
+# make test-cuda    the tests that compile for GPUs, on a machine that needs none (installs 4.4 GB into .venv-cuda)
 # make lint         ruff and mypy
 # make goldens      write the golden files anew; read the diff
 # make constraints  write constraints.txt from what is installed in .venv and .venv-3.12
@@ -18,7 +19,7 @@ BIN312 := .venv-3.12/bin
 INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt
 
-.PHONY: quickstart install install-dev test test-all lint goldens constraints
+.PHONY: quickstart install install-dev test test-all test-cuda lint goldens constraints
 
 quickstart: install
 	$(BIN)/python train.py --config configs/quickstart.gin
@@ -34,6 +35,9 @@ ifneq ($(PYTHON312),)
 else
 	@echo "not run on Python 3.12: there is none on the path; name one with make test-all PYTHON312=/path/to/python3.12"
 endif
+
+test-cuda: .venv-cuda/.dev
+	.venv-cuda/bin/python -m pytest -m cuda tests/planning
 
 lint: install-dev
 	$(BIN)/ruff check .
@@ -62,6 +66,11 @@ install-dev: .venv/.dev
 
 .venv/.dev: .venv/.cpu
 	$(BIN)/python $(INSTALL) --editable '.[cpu,dev]'
+	touch $@
+
+.venv-cuda/.dev: $(SOURCES)
+	$(PYTHON) -m venv .venv-cuda
+	.venv-cuda/bin/python $(INSTALL) --editable '.[cpu,dev,cuda]'
 	touch $@
 
 .venv-3.12/.dev: $(SOURCES)

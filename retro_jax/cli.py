@@ -213,6 +213,9 @@ def _add_plan(commands: argparse._SubParsersAction) -> None:
     _add_overrides(parser)
     parser.add_argument("--mesh", metavar="AXIS=N,...", help="data, fsdp, sequence, tensor (default: the config's MeshConfig)")
     parser.add_argument("--target", choices=("a100", "h100", "h200"), default="h100", help="the GPU (default: h100)")
+    parser.add_argument(
+        "--compile", action="store_true", help="also let XLA compile the step for these GPUs, and show its memory and exchanges"
+    )
     parser.add_argument("--json", metavar="FILE", help="write all figures too")
     parser.add_argument("--png", metavar="FILE", help="draw memory by kind")
 

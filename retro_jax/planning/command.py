@@ -14,7 +14,8 @@ from retro_jax.config import Config, MeshConfig, ModelConfig
 from retro_jax.errors import UserError
 from retro_jax.model import with_vocab
 from retro_jax.parallel.axes import AXES
-from retro_jax.planning.plan import make_plan
+from retro_jax.planning.compiled import CompiledStep, compile_step
+from retro_jax.planning.plan import Plan, make_plan
 from retro_jax.planning.report import draw_plans, plan_json, print_plan
 from retro_jax.planning.search import nearest_that_fits, on_mesh
 from retro_jax.planning.target import TARGETS
@@ -26,11 +27,11 @@ def plan(config: Config, arguments: argparse.Namespace, console: Console) -> Non
 
     Args:
         config: as loaded.
-        arguments: ``mesh``, ``target``, ``json`` and ``png``.
+        arguments: ``mesh``, ``target``, ``compile``, ``json`` and ``png``.
         console: takes the tables.
 
     Raises:
-        UserError: the mesh is not understood or does not divide the model.
+        UserError: the mesh is not understood or does not divide the model, or there is nothing to compile with.
     """
     target = TARGETS[arguments.target]
     if arguments.mesh is not None:
@@ -38,9 +39,18 @@ def plan(config: Config, arguments: argparse.Namespace, console: Console) -> Non
             config = on_mesh(config, mesh_of(arguments.mesh, config.mesh))
         except ValueError as error:
             raise UserError(str(error)) from None
+    plans: list[tuple[Plan, CompiledStep | None]] = []
+
+    def tell(plan: Plan) -> None:
+        compiled = None
+        if arguments.compile:
+            with console.status(f"compiling for {plan.config.mesh.devices} x {target.name}"):
+                compiled = compile_step(plan.config, plan.model, target)
+        print_plan(plan, target, console, compiled)
+        plans.append((plan, compiled))
+
     asked = make_plan(config, model_of(config))
-    print_plan(asked, target, console)
-    plans = [asked]
+    tell(asked)
     if asked.total_memory > target.memory:
         console.print("It does not fit; looking for the nearest that does")
         with progress_bar("candidates") as bar:
@@ -48,13 +58,14 @@ def plan(config: Config, arguments: argparse.Namespace, console: Console) -> Non
         if found is None:
             console.print("None of up to 4,096 devices does; use fewer rows a step (DataConfig.batch_size) or a smaller model")
         else:
-            plans.append(found)
             console.print(f"It fits with --mesh {sizes(found.config.mesh)} --set ModelConfig.recompute={found.model.recompute}:")
-            print_plan(found, target, console)
+            tell(found)
     if arguments.json is not None:
-        write_text(Path(arguments.json), json.dumps([plan_json(each, target) for each in plans], indent=2) + "\n")
+        write_text(
+            Path(arguments.json), json.dumps([plan_json(each, target, compiled) for each, compiled in plans], indent=2) + "\n"
+        )
     if arguments.png is not None:
-        draw_plans(plans, target, Path(arguments.png))
+        draw_plans([each for each, _ in plans], target, Path(arguments.png))
 
 
 def mesh_of(text: str, now: MeshConfig) -> MeshConfig:

@@ -1,7 +1,7 @@
 """What one training step costs on each device of a mesh, counted without any device: bytes held, operations, bytes received.
 
-Parameters, gradients, moments and what the forward pass saves are the arrays of the program that would run. The workspace is an
-estimate: of the arrays that live for a moment only, the largest set that is known of.
+Operations, exchanges and what the forward pass saves are those of the program that would run. The memory is that of its worst
+moment, estimated by the rules of XLA (:mod:`retro_jax.planning.peak`); :mod:`retro_jax.planning.compiled` asks XLA itself.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.extend.core import ClosedJaxpr
 from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -23,30 +24,35 @@ from retro_jax.config import Config, ModelConfig, TrainConfig
 from retro_jax.data.batch import Batch
 from retro_jax.parallel.axes import AXES, TENSOR
 from retro_jax.parallel.layout import Layout
+from retro_jax.planning.peak import ACTIVATIONS, COPY, GRADIENTS, PARAMETERS, WORKSPACE, peak_memory
 from retro_jax.planning.program import Collective, SavedBytes, collectives, product_flops, saved_inside
 from retro_jax.planning.target import Target
 from retro_jax.training.flops import train_flops
 from retro_jax.training.loss import weighted_loss
 from retro_jax.training.optimizer import is_trained, make_optimizer
-from retro_jax.training.state import ModelForm, Tree, abstract_state, divided_params, model_form
-from retro_jax.training.step import make_train_step
+from retro_jax.training.state import ModelForm, TrainState, Tree, abstract_state, divided_params, model_form
+from retro_jax.training.step import TrainStep, make_train_step
 
-# Bytes of a logit while its chunk of the loss is computed: the logit and its exponential in float32, its gradient in bfloat16.
-LOGIT_BYTES = 4 + 4 + 2
+# XLA packs temporary arrays into one allocation that is larger than what they take together, by 2 to 28 % in the programs of
+# benchmarks/results/compiled_memory.json.
+PACKING = 0.15
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """One step of a model on a mesh, for each device.
 
-    ``memory``: bytes by kind. ``offloaded``: saved bytes that lie in the host's memory. ``model_flops``: of the model's own
-    matrix products, this device's share; ``hardware_flops``: of all products that it computes, also those computed again.
+    ``memory``: bytes by kind at the worst moment. ``saved``: bytes that the forward pass of a part leaves for its backward pass,
+    of the decoder, of the retrieval path and of the loss; ``offloaded``: those that lie in the host's memory. ``model_flops``: of
+    the model's own matrix products, this device's share; ``hardware_flops``: of all products that it computes, also those
+    computed again.
     ``exchanges``: what it receives. ``parameters``: how many the model has. ``checkpoint``: bytes of a whole checkpoint.
     """
 
     config: Config
     model: ModelConfig
     memory: dict[str, int]
+    saved: dict[str, int]
     offloaded: int
     model_flops: float
     hardware_flops: int
@@ -65,11 +71,11 @@ class Plan:
 
     def seconds(self, target: Target) -> dict[str, float]:
         """What a step would take by each limit alone: products, the device's memory, and the links of each axis."""
-        memory = self.memory
-        # The optimizer reads and writes its own once; each part reads the copy twice and writes and reads what is saved.
-        moved = 2 * (memory["optimizer"] + memory["parameters"] + memory["gradients"]) + memory["compute copy"]
-        each = 2 * sum(memory[kind] for kind in ("compute copy", "decoder activations", "retrieval activations", "loss"))
-        moved += self.config.training.accumulate * each
+        # The optimizer reads and writes parameters, gradients and moments once; each part reads the copy twice and writes and
+        # reads what is saved.
+        parameters = self.memory["parameters"]
+        moved = 2 * (2 * parameters + self.memory["optimizer"])
+        moved += self.config.training.accumulate * 2 * (parameters // 2 + sum(self.saved.values()))
         times = {"products": self.hardware_flops / target.flops, "memory": moved / target.bandwidth}
         reach = 1
         for axis in reversed(AXES):
@@ -90,57 +96,69 @@ def make_plan(config: Config, model: ModelConfig) -> Plan:
     Raises:
         UserError: the mesh does not divide the model.
     """
-    dtype = "float32" if config.training.precision == "float32" else "bfloat16"
-    training = dataclasses.replace(config.training, precision=dtype)  # type: ignore[arg-type]
     layout = abstract_layout(config)
-    form = model_form(model, is_trained(model, training.trained))
-    optimizer = make_optimizer(config.optimizer, training.steps, form.trained)
-    state, batch = abstract_state(form, optimizer, layout), abstract_batch(config, model, layout)
-    step = jax.make_jaxpr(make_train_step(form, optimizer, training, layout))(state, batch)
+    training, form, _ = prepared(config, model)
+    step, (state, batch) = traceable_step(config, model, layout)
+    program = jax.make_jaxpr(step)(state, batch)
     part = abstract_batch(config, model, layout, parts=training.accumulate)
     saved = _saved(model, training, layout, part)
     decoder = _saved(dataclasses.replace(model, retro=None), training, layout, part)
-    memory = {
-        **_held(form, training, optimizer, layout),
-        "decoder activations": decoder.device,
-        "retrieval activations": saved.device - decoder.device,
-        "loss": _saved_by_loss(model, training, layout, part),
-        "workspace": _workspace(model, training, layout, part, saved),
-    }
     (rows, length), neighbours = batch.tokens.shape, batch.neighbours.shape[2]
     return Plan(
         config=config,
         model=model,
-        memory=memory,
+        memory=_memory(program, state, batch),
+        saved={
+            "decoder": decoder.device,
+            "retrieval": saved.device - decoder.device,
+            "loss": _saved_by_loss(model, training, layout, part),
+        },
         offloaded=saved.host,
         model_flops=train_flops(model, rows=rows, seq_len=length, neighbours=neighbours) / config.mesh.devices,
-        hardware_flops=product_flops(step),
-        exchanges=tuple(collectives(step)),
+        hardware_flops=product_flops(program),
+        exchanges=tuple(collectives(program)),
         parameters=sum(prod(fact.shape) for fact in form.facts.values()),
         checkpoint=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
     )
 
 
+def prepared(config: Config, model: ModelConfig) -> tuple[TrainConfig, ModelForm, optax.GradientTransformation]:
+    """Training as an accelerator does it, the model's form and its optimizer."""
+    dtype = "float32" if config.training.precision == "float32" else "bfloat16"
+    training = dataclasses.replace(config.training, precision=dtype)  # type: ignore[arg-type]
+    form = model_form(model, is_trained(model, training.trained))
+    return training, form, make_optimizer(config.optimizer, training.steps, form.trained)
+
+
+def traceable_step(config: Config, model: ModelConfig, layout: Layout) -> tuple[TrainStep, tuple[TrainState, Batch]]:
+    """The training step, and the shapes, dtypes and places of its arguments."""
+    training, form, optimizer = prepared(config, model)
+    arguments = abstract_state(form, optimizer, layout), abstract_batch(config, model, layout)
+    return make_train_step(form, optimizer, training, layout), arguments
+
+
 def held_bytes(config: Config, model: ModelConfig) -> int:
-    """What a device holds that no recomputation changes: parameters, gradients, moments and the copy to compute with.
+    """What a device holds that no recomputation changes: parameters and moments.
 
     Raises:
         UserError: the mesh does not divide the model.
     """
-    form = model_form(model, is_trained(model, config.training.trained))
-    optimizer = make_optimizer(config.optimizer, config.training.steps, form.trained)
-    return sum(_held(form, config.training, optimizer, abstract_layout(config)).values())
+    _, form, optimizer = prepared(config, model)
+    state = abstract_state(form, optimizer, abstract_layout(config))
+    return sum(prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
-def _held(form: ModelForm, training: TrainConfig, optimizer: optax.GradientTransformation, layout: Layout) -> dict[str, int]:
-    state = abstract_state(form, optimizer, layout)
-    parameters = _bytes_here((state.params, state.frozen))
-    return {
-        "parameters": parameters,
-        "gradients": _bytes_here(state.params),
-        "optimizer": _bytes_here(state.moments),
-        "compute copy": 0 if training.precision == "float32" else parameters // 2,
-    }
+def _memory(program: ClosedJaxpr, state: TrainState, batch: Batch) -> dict[str, int]:
+    """Bytes by kind at the worst moment, with the room that XLA leaves between them."""
+
+    def of(kind: str, tree: Any) -> list[str]:
+        return [kind] * len(jax.tree.leaves(tree))
+
+    parameters = (state.params, state.frozen)
+    kinds = of("batch", state.step) + of(PARAMETERS, parameters) + of("optimizer", state.moments) + of("batch", batch)
+    peak = peak_memory(program, kinds)
+    order = (PARAMETERS, "optimizer", "batch", COPY, GRADIENTS, ACTIVATIONS, WORKSPACE)
+    return {kind: peak[kind] for kind in order} | {"packing": round(PACKING * sum(peak[kind] for kind in order[3:]))}
 
 
 def abstract_layout(config: Config) -> Layout:
@@ -194,19 +212,3 @@ def _saved_by_loss(model: ModelConfig, training: TrainConfig, layout: Layout, ba
 
     specs = (P(rows, tokens, None), table_spec, layout.batch)
     return saved_inside(jax.make_jaxpr(layout.run(residuals, specs, P()))(hidden, table, batch)).device
-
-
-def _workspace(model: ModelConfig, training: TrainConfig, layout: Layout, batch: Batch, saved: SavedBytes) -> int:
-    """The larger of one chunk's logits, and of what a layer's backward pass computes again."""
-    assert model.vocab_size is not None
-    here = prod(batch.tokens.sharding.shard_shape(batch.tokens.shape))
-    logits = min(here, training.loss_chunk) * model.vocab_size // layout.config.tensor * LOGIT_BYTES
-    if model.recompute == "none":
-        return logits
-    plain = _saved(dataclasses.replace(model, recompute="none", recompute_names=()), training, layout, batch)
-    return max(logits, (plain.device - saved.device) // model.num_layers)
-
-
-def _bytes_here(tree: Any) -> int:
-    """Bytes that one device holds of a tree."""
-    return sum(prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))

@@ -42,7 +42,7 @@ def collectives(program: ClosedJaxpr) -> list[Collective]:
             axes = (given,) if isinstance(given, str) else tuple(given)
             devices = prod(sizes[axis] for axis in axes)
             n = sum(v.aval.size * v.aval.dtype.itemsize for v in equation.invars)  # type: ignore[attr-defined]
-            found.append(Collective(operation=name, axes=axes, received=_received(name, n, devices), times=times, scan=scan))
+            found.append(Collective(operation=name, axes=axes, received=received_bytes(name, n, devices), times=times, scan=scan))
     return found
 
 
@@ -82,11 +82,15 @@ def saved_inside(program: ClosedJaxpr) -> SavedBytes:
     return SavedBytes(**sizes)
 
 
-def _received(operation: str, n: int, devices: int) -> int:
-    """Bytes that reach a device that gives n: by rings, as NCCL sends them."""
+def received_bytes(operation: str, n: int, devices: int) -> int:
+    """Bytes that reach a device that gives n bytes, by rings as NCCL sends them.
+
+    Args:
+        operation: "all_gather", "reduce_scatter", "ppermute", "all_to_all", or another, which sums.
+    """
     if operation == "all_gather":
         return (devices - 1) * n
-    if operation == "reduce_scatter":
+    if operation in ("reduce_scatter", "all_to_all"):
         return (devices - 1) * n // devices
     if operation == "ppermute":
         return n
@@ -108,12 +112,13 @@ def _equations(
             inner_sizes = dict(params["mesh"].shape)
         elif name == "while":
             raise ValueError("a while loop runs an unknown number of times; only scans can be counted")
-        inner = _inner(params)
+        inner = inner_jaxprs(params)
         for part in inner[-1:] if name == "cond" else inner:  # of what depends on the platform the last is for any
             yield from _equations(part, inner_times, inner_scan, inner_sizes)
 
 
-def _inner(params: dict[str, Any]) -> list[Jaxpr]:
+def inner_jaxprs(params: dict[str, Any]) -> list[Jaxpr]:
+    """The programs that an equation calls."""
     found = []
     for value in params.values():
         for item in value if isinstance(value, list | tuple) else [value]:

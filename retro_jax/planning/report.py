@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +14,16 @@ from rich.table import Table
 
 from retro_jax.config import resolved
 from retro_jax.parallel.axes import AXES
+from retro_jax.planning.compiled import CompiledStep
 from retro_jax.planning.plan import Plan
+from retro_jax.planning.program import Collective
 from retro_jax.planning.target import Target
 
 GIB = 2**30
 
 
-def print_plan(plan: Plan, target: Target, console: Console) -> None:
-    """Memory by kind, operations, exchanges and the time of each limit."""
+def print_plan(plan: Plan, target: Target, console: Console, compiled: CompiledStep | None = None) -> None:
+    """Memory by kind, operations, exchanges and the time of each limit; with ``compiled`` XLA's own figures beside."""
     mesh = plan.config.mesh
     sizes = ", ".join(f"{axis} {size}" for axis in AXES if (size := getattr(mesh, axis)) > 1) or "one device"
     data = plan.config.data
@@ -31,11 +34,16 @@ def print_plan(plan: Plan, target: Target, console: Console) -> None:
     )
     table = Table("memory of a device", "")
     for kind, size in plan.memory.items():
-        table.add_row(kind + (" (estimate)" if kind == "workspace" else ""), in_bytes(size))
+        if size >= 1024:
+            table.add_row(kind, in_bytes(size))
     table.add_section()
-    table.add_row("in all", in_bytes(plan.total_memory))
+    table.add_row("in all, estimated", in_bytes(plan.total_memory))
+    if compiled is not None:
+        table.add_row("in all, as XLA compiled it", in_bytes(compiled.total_memory))
     table.add_row("there is", in_bytes(target.memory))
     console.print(table)
+    saved = ", ".join(f"{kind} {in_bytes(size)}" for kind, size in plan.saved.items() if size)
+    console.print(f"saved for the backward pass: {saved}")
     if plan.offloaded:
         console.print(f"in the host's memory: {in_bytes(plan.offloaded)} a device")
     limits = Table("a step takes at least, by", "of a device", "")
@@ -47,11 +55,37 @@ def print_plan(plan: Plan, target: Target, console: Console) -> None:
     console.print(limits)
     bound = max(seconds, key=seconds.__getitem__)
     longest = seconds[bound]
+    if compiled is not None:
+        print_exchanges(plan, compiled, console)
     again, most = plan.hardware_flops / plan.model_flops - 1, plan.model_flops / longest / target.flops
     console.print(
         f"The limit is {bound}: a step takes {in_seconds(longest)} or more, at most {most:.0%} MFU if all overlaps. Of products, "
         f"{again:.1%} more than the model's own are computed. A checkpoint is {in_bytes(plan.checkpoint)}."
     )
+
+
+def print_exchanges(plan: Plan, compiled: CompiledStep, console: Console) -> None:
+    """What a device receives in a step by the traced program and by XLA's, for each operation and axes."""
+    table = Table("received in a step", "arrays", "as planned", "arrays", "as compiled")
+    planned, real = received_by(plan.exchanges), received_by(compiled.exchanges)
+    for operation, axes in sorted({*planned, *real}):
+        row = [f"{operation} over {', '.join(axes)}"]
+        for side in (planned, real):
+            arrays, size = side.get((operation, axes), (0, 0))
+            row += [f"{arrays:,}", in_bytes(size)]
+        table.add_row(*row)
+    console.print(table)
+    console.print(f"Compiled in {compiled.seconds:.0f} s.")
+
+
+def received_by(exchanges: Sequence[Collective]) -> dict[tuple[str, tuple[str, ...]], tuple[int, int]]:
+    """Arrays and bytes of a step by operation and axes. All sums are "all_reduce": XLA joins those of equal axes into one."""
+    found: dict[tuple[str, tuple[str, ...]], tuple[int, int]] = {}
+    for e in exchanges:
+        key = ("all_reduce" if e.operation in ("psum", "pmax") else e.operation, e.axes)
+        arrays, size = found.get(key, (0, 0))
+        found[key] = arrays + e.times, size + e.times * e.received
+    return found
 
 
 def in_bytes(size: float) -> str:
@@ -70,15 +104,16 @@ def in_seconds(time: float) -> str:
     return f"{time / 1e-6:,.2f} us"
 
 
-def plan_json(plan: Plan, target: Target) -> dict[str, Any]:
+def plan_json(plan: Plan, target: Target, compiled: CompiledStep | None = None) -> dict[str, Any]:
     """All figures of a plan, in bytes, operations and seconds."""
-    return {
+    figures = {
         "target": target.name,
         "mesh": resolved(plan.config.mesh),
         "model": resolved(plan.model),
         "rows": plan.config.data.batch_size,
         "seq_len": plan.config.data.seq_len,
         "parameters": plan.parameters,
+        "saved": plan.saved,
         "memory": {**plan.memory, "total": plan.total_memory, "offloaded": plan.offloaded, "target": int(target.memory)},
         "fits": plan.total_memory <= target.memory,
         "flops": {"model": plan.model_flops, "hardware": plan.hardware_flops},
@@ -86,6 +121,19 @@ def plan_json(plan: Plan, target: Target) -> dict[str, Any]:
         "seconds": plan.seconds(target),
         "checkpoint": plan.checkpoint,
     }
+    if compiled is not None:
+        figures["compiled"] = {
+            "arguments": compiled.arguments,
+            "temporary": compiled.temporary,
+            "total": compiled.total_memory,
+            "host": compiled.host,
+            "exchanges": [
+                {"operation": operation, "axes": list(axes), "arrays": arrays, "received": received}
+                for (operation, axes), (arrays, received) in sorted(received_by(compiled.exchanges).items())
+            ],
+            "seconds": compiled.seconds,
+        }
+    return figures
 
 
 def draw_plans(plans: list[Plan], target: Target, path: Path) -> None:

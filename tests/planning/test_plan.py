@@ -42,19 +42,18 @@ def test_one_device_holds_everything() -> None:
     parameters = count_parameters(model)
     # Adam's two moments in float32 and its count.
     assert plan.parameters == parameters
-    assert (plan.memory["parameters"], plan.memory["gradients"]) == (4 * parameters, 4 * parameters)
-    assert plan.memory["compute copy"] == 2 * parameters
+    assert plan.memory["parameters"] == 4 * parameters and 0 < plan.memory["compute copy"] <= 2 * parameters
     assert 8 * parameters <= plan.memory["optimizer"] <= 8 * parameters + 16
     assert plan.checkpoint == plan.memory["parameters"] + plan.memory["optimizer"] + 4
-    assert plan.exchanges == () and plan.memory["retrieval activations"] == 0
+    assert plan.exchanges == () and plan.saved["retrieval"] == 0
     assert plan.model_flops == train_flops(model, rows=B, seq_len=T, neighbours=0)
     # Gradients of the hidden states in bfloat16 and of the output table in float32.
-    assert plan.memory["loss"] == 2 * B * T * D + 4 * V * D
+    assert plan.saved["loss"] == 2 * B * T * D + 4 * V * D
 
 
 def test_saved_activations_are_those_of_the_names() -> None:
     """bfloat16: stream, three normed or summed copies, q, k, v, attention's output, feed-forward; log-sum-exp in float32."""
-    less, more = (make_plan(*of(num_layers=layers)).memory["decoder activations"] for layers in (LAYERS, 2 * LAYERS))
+    less, more = (make_plan(*of(num_layers=layers)).saved["decoder"] for layers in (LAYERS, 2 * LAYERS))
     assert more - less == LAYERS * B * T * (2 * (4 * D + 4 * D + F) + 4 * N)
 
 
@@ -62,25 +61,25 @@ def test_saved_activations_are_those_of_the_names() -> None:
 def test_devices_divide_what_one_holds(retro: bool) -> None:
     one = make_plan(*of(retro=retro))
     four = make_plan(*of(MeshConfig(fsdp=2, tensor=2), retro=retro))
-    for kind in ("optimizer", "parameters", "gradients"):
+    for kind in ("optimizer", "parameters"):
         assert one.memory[kind] / 4 < four.memory[kind] < one.memory[kind] / 3.9, kind  # norms are whole
-    assert abs(four.memory["decoder activations"] / one.memory["decoder activations"] - 0.25) < 0.01
+    assert abs(four.saved["decoder"] / one.saved["decoder"] - 0.25) < 0.01
     assert four.hardware_flops * 4 == one.hardware_flops
     assert four.received("tensor") > 0 and four.received("fsdp") > 0 and four.received("data") == 0
     if retro:
-        assert one.memory["retrieval activations"] > 0
+        assert one.saved["retrieval"] > 0
         rows = make_plan(*of(MeshConfig(data=4), retro=True))
         # The first CCA layer's weights, taken out of their stack, are counted on each device.
-        assert abs(4 * rows.memory["retrieval activations"] / one.memory["retrieval activations"] - 1) < 0.05  # measured 0.02
+        assert abs(4 * rows.saved["retrieval"] / one.saved["retrieval"] - 1) < 0.05  # measured 0.02
 
 
 def test_policies_trade_memory_for_products() -> None:
     plans = [make_plan(*of(recompute=policy)) for policy in ("none", "selective", "full")]
-    saved = [plan.memory["decoder activations"] for plan in plans]
+    saved = [plan.saved["decoder"] for plan in plans]
     assert saved == sorted(saved, reverse=True) and len(set(saved)) == 3
     assert plans[0].hardware_flops == plans[1].hardware_flops < plans[2].hardware_flops
     offload = make_plan(*of(recompute="offload"))
-    assert offload.offloaded > 0 and offload.offloaded + offload.memory["decoder activations"] == saved[1]
+    assert offload.offloaded > 0 and offload.offloaded + offload.saved["decoder"] == saved[1]
 
 
 def test_the_slowest_limit_is_named(capsys: pytest.CaptureFixture[str]) -> None:
@@ -117,7 +116,7 @@ def test_accumulated_parts_hold_a_part_of_the_activations() -> None:
     parts = dataclasses.replace(config, training=dataclasses.replace(config.training, accumulate=4))
     one, four = make_plan(config, model), make_plan(parts, model)
     shared = 256  # bytes of tables that do not depend on the rows
-    assert 4 * four.memory["decoder activations"] - one.memory["decoder activations"] == 3 * shared
+    assert 4 * four.saved["decoder"] - one.saved["decoder"] == 3 * shared
     assert four.hardware_flops == one.hardware_flops
     assert on_mesh(parts, MeshConfig(data=4)).training.accumulate == 2  # there are 8 rows
     assert on_mesh(parts, MeshConfig(data=8)).training.accumulate == 1
@@ -139,7 +138,7 @@ def test_the_command_writes_a_table_json_and_a_picture(tmp_path: Path, capsys: p
     (plan,) = json.loads((tmp_path / "plan.json").read_text())
     assert "4 x A100 SXM 80 GB (data 2, tensor 2)" in told
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in told.splitlines()]
-    assert ["in all", in_bytes(plan["memory"]["total"])] in rows and ["there is", "74.51 GiB"] in rows, told
+    assert ["in all, estimated", in_bytes(plan["memory"]["total"])] in rows and ["there is", "74.51 GiB"] in rows, told
     limit = max(plan["seconds"], key=plan["seconds"].get)
     assert f"The limit is {limit}: a step takes {in_seconds(plan['seconds'][limit])} or more" in told
     assert plan["fits"] and plan["mesh"]["tensor"] == 2 and plan["memory"]["total"] < plan["memory"]["target"] == 80e9
