@@ -67,4 +67,4 @@ def _moved(x: jax.Array, start: int, length: int) -> jax.Array:
     """Rows ``start`` to ``start + length`` of dim 1, zeros where there are none."""
     before, after = max(0, -start), max(0, start + length - x.shape[1])
     inside = x[:, max(0, start) : min(x.shape[1], start + length)]
-    return jnp.pad(inside, ((0, 0), (before, after), *((0, 0),) * (x.ndim - 2)))
+    return jax.lax.pad(inside, jnp.zeros((), x.dtype), ((0, 0, 0), (before, after, 0), *((0, 0, 0),) * (x.ndim - 2)))

@@ -89,11 +89,11 @@ class AttentionProjections(nnx.Module):
         self.key_value = Linear(kv_dims, (kv_width,), (2, G, H), bias=bias, init=init, key=keys[1])
         self.out = Linear("heads head_dim width", (N, H), (D,), bias=shape.bias, init=normal(shape.out_std), key=keys[2])
 
-    def project_keys_and_values(self, x_XTD: jax.Array) -> jax.Array:
-        """[X, T, 2, G, H] of the key/value heads that this device's query heads read."""
+    def project_keys_and_values(self, x: jax.Array) -> jax.Array:
+        """[..., D] to [..., 2, G, H] of the key/value heads that this device's query heads read."""
         weight_D2GH, bias_2GH = self.key_value_arrays()
-        kv = jnp.tensordot(x_XTD, weight_D2GH, 1)
-        return kv if bias_2GH is None else kv + bias_2GH[None, None]
+        kv = jnp.tensordot(x, weight_D2GH, 1)
+        return kv if bias_2GH is None else kv + bias_2GH[(None,) * (kv.ndim - 3)]
 
     def key_value_arrays(self) -> tuple[jax.Array, jax.Array | None]:
         """Weight and bias of those heads. Where there are fewer key/value heads than devices along ``tensor``, each device has

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from retro_jax.config import ModelConfig
 from retro_jax.kernels.chunked_cross_attention import chunked_cross_attention
+from retro_jax.kernels.saved import from_arguments, where_kept
 from retro_jax.model.attention import AttentionProjections, BlockShape, name_operands
 from retro_jax.model.grid import reader_positions
 from retro_jax.model.layers import (
@@ -70,7 +71,7 @@ class ChunkedCrossAttention(AttentionProjections):
         part = shape.recompute.part("cca")
         (q_BTNH,) = project_in(x_BTD, lambda x_BTD: self.query(self._mix_queries(x_BTD, neighbours.segments_BT)), part=part)
         keys_and_values = gathered_again(self._keys_and_values, part.gathers_again)
-        k_XRGH, v_XRGH = keys_and_values(neighbours.encoded_BLKRD.reshape(B * L * K, R, -1))
+        k_XRGH, v_XRGH = (y.reshape(B * L * K, R, *y.shape[-2:]) for y in keys_and_values(neighbours.encoded_BLKRD))
         if retro.cca_positions == "rotary":
             rotary = {"fraction": shape.rotary_fraction, "base": shape.rotary_base, "scale": 1.0}
             readers_XT = reader_positions(q_BTNH.shape[1], chunk_len, first_chunk_len)
@@ -92,14 +93,14 @@ class ChunkedCrossAttention(AttentionProjections):
         )
         y_BTD = dropout(project_out(o_BTNH, self.out, part), shape.dropout, out_noise)
         gate = self.gate[...] if self.gate is not None else jnp.asarray(retro.gate, y_BTD.dtype)
-        reads_BT1 = own_tokens(neighbours.reads_BT)[:, :, None]
-        return jnp.where(reads_BT1, y_BTD * gate, jnp.zeros_like(y_BTD))
+        return where_kept(y_BTD * gate, own_tokens(neighbours.reads_BT)[:, :, None])
 
-    def _keys_and_values(self, e_XRD: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def _keys_and_values(self, e_BLKRD: jax.Array) -> tuple[jax.Array, jax.Array]:
         if self.key_conv is None:
-            kv = self.project_keys_and_values(e_XRD)
-            return kv[:, :, 0], kv[:, :, 1]
+            kv = self.project_keys_and_values(e_BLKRD)
+            return kv[..., 0, :, :], kv[..., 1, :, :]
         weight, bias = self.key_value_arrays()
+        e_XRD = e_BLKRD.reshape(-1, *e_BLKRD.shape[3:])
         mixed = causal_convolution(e_XRD, gathered(self.key_conv), jnp.zeros_like(e_XRD[:, :1]), None)
         k, v = jnp.tensordot(mixed, weight[:, 0], 1), jnp.tensordot(e_XRD, weight[:, 1], 1)
         return (k, v) if bias is None else (k + bias[None, None, 0], v + bias[None, None, 1])
@@ -132,10 +133,18 @@ def causal_convolution(
 ) -> jax.Array:
     """Depthwise causal convolution: y[t] = sum over w of taps[w] * x[t - w], within a document where segments are given.
 
+    The backward pass keeps the arguments, and shifts again.
+
     Args:
         before_XUD: the tokens that precede x; zeros precede them.
         segments: of x and of the tokens before.
     """
+    return from_arguments(_convolved)(x_XTD, taps_WD, before_XUD, segments)
+
+
+def _convolved(
+    x_XTD: jax.Array, taps_WD: jax.Array, before_XUD: jax.Array, segments: tuple[jax.Array, jax.Array] | None
+) -> jax.Array:
     T, reach = x_XTD.shape[1], taps_WD.shape[0] - 1
 
     def with_what_precedes(x: jax.Array, before: jax.Array) -> jax.Array:

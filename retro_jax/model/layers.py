@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 from retro_jax.config import Activation, Norm, Part
 from retro_jax.kernels.dropout import kept
 from retro_jax.kernels.precision import accumulation_dtype
+from retro_jax.kernels.saved import from_arguments, where_kept
 from retro_jax.parallel.axes import OVER_TENSOR, TENSOR, axis_index, axis_size
 from retro_jax.parallel.collectives import gather_parameter, gather_tokens, gathered_again, own_tokens, sum_into_own_tokens
 
@@ -58,7 +60,14 @@ class NormLayer(nnx.Module):
 
 
 def normalise(x: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None, *, kind: Norm, eps: float) -> jax.Array:
-    """The norm of ``kind`` over the last dim; statistics in float32 (float64 for float64), result in x's dtype."""
+    """The norm of ``kind`` over the last dim; statistics in float32 (float64 for float64), result in x's dtype.
+
+    The backward pass keeps the arguments, and computes the statistics again.
+    """
+    return from_arguments(partial(_normalised, kind=kind, eps=eps))(x, scale_D, bias_D)
+
+
+def _normalised(x: jax.Array, scale_D: jax.Array, bias_D: jax.Array | None, *, kind: Norm, eps: float) -> jax.Array:
     wide = accumulation_dtype(x.dtype)
     y = x.astype(wide)
     if kind != "rmsnorm":
@@ -165,7 +174,12 @@ def rotate(x_XTNH: jax.Array, positions_XT: jax.Array, *, fraction: float, base:
 
 
 def activate(x: jax.Array, kind: Activation) -> jax.Array:
-    """The feed-forward activation; for "swiglu" x carries [gate, up] in its last but one dim."""
+    """The feed-forward activation, of which the backward pass keeps x; for "swiglu" x carries [gate, up] in its last but one
+    dim."""
+    return from_arguments(partial(_activated, kind=kind))(x)
+
+
+def _activated(x: jax.Array, *, kind: Activation) -> jax.Array:
     if kind == "swiglu":
         return jax.nn.silu(x[..., 0, :]) * x[..., 1, :]
     if kind == "relu":
@@ -199,11 +213,11 @@ def numbered(key: jax.Array, numbers_XT: jax.Array) -> Noise:
 
 
 def dropout(x_XTD: jax.Array, rate: float, noise: Noise | None) -> jax.Array:
-    """Zero a share of x and scale the rest; the identity without noise."""
+    """Zero a share of x and scale the rest, of which the backward pass keeps what was dropped; the identity without noise."""
     if rate == 0.0 or noise is None:
         return x_XTD
     keep = kept(noise.key, rate, noise.own_XT, x_XTD.shape[-1])
-    return jnp.where(keep, x_XTD / (1.0 - rate), jnp.zeros_like(x_XTD))
+    return where_kept(x_XTD, keep, rate)
 
 
 def parts(noise: Noise | None, count: int) -> list[Noise | None]:

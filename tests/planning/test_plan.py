@@ -115,8 +115,7 @@ def test_accumulated_parts_hold_a_part_of_the_activations() -> None:
     config, model = of()
     parts = dataclasses.replace(config, training=dataclasses.replace(config.training, accumulate=4))
     one, four = make_plan(config, model), make_plan(parts, model)
-    shared = 256  # bytes of tables that do not depend on the rows
-    assert 4 * four.saved["decoder"] - one.saved["decoder"] == 3 * shared
+    assert 4 * four.saved["decoder"] == one.saved["decoder"]
     assert four.hardware_flops == one.hardware_flops
     assert on_mesh(parts, MeshConfig(data=4)).training.accumulate == 2  # there are 8 rows
     assert on_mesh(parts, MeshConfig(data=8)).training.accumulate == 1
