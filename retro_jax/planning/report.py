@@ -13,13 +13,16 @@ from rich.console import Console
 from rich.table import Table
 
 from retro_jax.config import resolved
+from retro_jax.config.recompute import Action
 from retro_jax.parallel.axes import AXES
+from retro_jax.planning.activations import saved_by_layer, saved_bytes
 from retro_jax.planning.compiled import CompiledStep
 from retro_jax.planning.plan import Plan
 from retro_jax.planning.program import Collective
 from retro_jax.planning.target import Target
 
 GIB = 2**30
+STAYS: tuple[Action, Action] = ("save", "offload")
 
 
 def print_plan(plan: Plan, target: Target, console: Console, compiled: CompiledStep | None = None) -> None:
@@ -46,6 +49,7 @@ def print_plan(plan: Plan, target: Target, console: Console, compiled: CompiledS
     console.print(f"saved for the backward pass: {saved}")
     if plan.offloaded:
         console.print(f"in the host's memory: {in_bytes(plan.offloaded)} a device")
+    _print_layers(plan, console)
     limits = Table("a step takes at least, by", "of a device", "")
     seconds = plan.seconds(target)
     received = {f"links of {axis}": plan.received(axis) for axis in AXES}
@@ -88,6 +92,30 @@ def received_by(exchanges: Sequence[Collective]) -> dict[tuple[str, tuple[str, .
     return found
 
 
+def _print_layers(plan: Plan, console: Console) -> None:
+    """What a layer of each kind saves on a device, by name; the arrays of several kinds stand in one row."""
+    layers = saved_by_layer(plan.config, plan.model)
+    if not layers:
+        return
+    cells: dict[tuple[str, str], dict[str, str]] = {}
+    for kind, arrays in layers.items():
+        for name, size, action in arrays:
+            cells.setdefault((name, action), {})[kind] = in_bytes(size)
+    table = Table("saved a layer", *layers, "")
+    for (name, action), sizes in cells.items():
+        if action != "recompute":
+            table.add_row(name, *(sizes.get(kind, "") for kind in layers), action)
+    table.add_section()
+    on_device, on_host = ([saved_bytes(arrays, kept) for arrays in layers.values()] for kept in STAYS)
+    table.add_row("in all on the device", *map(in_bytes, on_device), "")
+    if any(on_host):
+        table.add_row("in all in the host's memory", *map(in_bytes, on_host), "")
+    again = sorted({name for name, action in cells if action == "recompute"})
+    console.print(table)
+    if again:
+        console.print(f"computed again: {', '.join(again)}")
+
+
 def in_bytes(size: float) -> str:
     """In the largest unit that leaves a whole number."""
     for unit, power in (("GiB", 3), ("MiB", 2), ("KiB", 1)):
@@ -115,6 +143,10 @@ def plan_json(plan: Plan, target: Target, compiled: CompiledStep | None = None) 
         "parameters": plan.parameters,
         "saved": plan.saved,
         "memory": {**plan.memory, "total": plan.total_memory, "offloaded": plan.offloaded, "target": int(target.memory)},
+        "layers": {
+            kind: [{"name": name, "bytes": size, "action": action} for name, size, action in arrays]
+            for kind, arrays in saved_by_layer(plan.config, plan.model).items()
+        },
         "fits": plan.total_memory <= target.memory,
         "flops": {"model": plan.model_flops, "hardware": plan.hardware_flops},
         "exchanges": [dataclasses.asdict(exchange) for exchange in plan.exchanges],

@@ -14,6 +14,7 @@ from retro_jax.config import ChunkConfig, Config, DataConfig, EvalConfig, MeshCo
 from retro_jax.errors import UserError
 from retro_jax.model import count_parameters
 from retro_jax.planning import search
+from retro_jax.planning.activations import saved_by_layer, saved_bytes
 from retro_jax.planning.command import mesh_of
 from retro_jax.planning.plan import make_plan
 from retro_jax.planning.report import in_bytes, in_seconds, print_plan
@@ -54,7 +55,9 @@ def test_one_device_holds_everything() -> None:
 def test_saved_activations_are_those_of_the_names() -> None:
     """bfloat16: stream, three normed or summed copies, q, k, v, attention's output, feed-forward; log-sum-exp in float32."""
     less, more = (make_plan(*of(num_layers=layers)).saved["decoder"] for layers in (LAYERS, 2 * LAYERS))
-    assert more - less == LAYERS * B * T * (2 * (4 * D + 4 * D + F) + 4 * N)
+    layer = B * T * (2 * (4 * D + 4 * D + F) + 4 * N)
+    assert more - less == LAYERS * layer
+    assert saved_bytes(saved_by_layer(*of())["plain"]) == layer
 
 
 @pytest.mark.parametrize("retro", [False, True])
@@ -143,6 +146,9 @@ def test_the_command_writes_a_table_json_and_a_picture(tmp_path: Path, capsys: p
     assert plan["fits"] and plan["mesh"]["tensor"] == 2 and plan["memory"]["total"] < plan["memory"]["target"] == 80e9
     assert {e["scan"] for e in plan["exchanges"]} == {"forward", "backward", None}
     assert all(e["operation"] and e["axes"] and e["received"] > 0 and e["times"] > 0 for e in plan["exchanges"])
+    kept = {kind: sum(a["bytes"] for a in arrays if a["action"] == "save") for kind, arrays in plan["layers"].items()}
+    assert set(kept) == {"plain", "cca"}  # the quick start's encoder has no layers
+    assert sum(kept.values()) < plan["saved"]["decoder"] + plan["saved"]["retrieval"]
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
