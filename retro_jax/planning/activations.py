@@ -59,7 +59,7 @@ def kinds(model: ModelConfig) -> list[LayerKind]:
 
 
 def saved_by_layer(config: Config, model: ModelConfig) -> dict[LayerKind, list[Kept]]:
-    """:func:`layer_arrays` of each kind in a step of a config, on one device, for one of the parts that a batch is accumulated in;
+    """:func:`layer_arrays` of each kind in a step of a config: on one device, of one of the parts that a batch is dealt to;
     empty for the reference implementation, which is not counted."""
     if model.implementation == "reference":
         return {}

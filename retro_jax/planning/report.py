@@ -97,7 +97,7 @@ def _print_layers(plan: Plan, console: Console) -> None:
     layers = saved_by_layer(plan.config, plan.model)
     if not layers:
         return
-    cells: dict[tuple[str, str], dict[str, str]] = {}
+    cells: dict[tuple[str, Action], dict[str, str]] = {}
     for kind, arrays in layers.items():
         for name, size, action in arrays:
             cells.setdefault((name, action), {})[kind] = in_bytes(size)
