@@ -109,7 +109,7 @@ class ModelConfig:
     head's dims that rotate, ``rotary_scale`` divides positions (linear interpolation). ``qkv_bias``: biases of queries, keys and
     values; None: as ``linear_bias`` (Qwen2 has these alone).
 
-    ``recompute``: what of a layer the backward pass computes again to save memory. "none": nothing. "selective": what is cheap:
+    ``recompute``: what of a layer the backward pass computes again to save memory. "none": norms. "selective": what is cheap:
     scores and weights of attention, norms, activations. "full": the whole layer. "offload": as selective, what is saved lies in
     the host's memory. ``recompute_names``: exceptions such as "ffn_up=recompute" (names: :mod:`retro_jax.config.recompute`).
     """

@@ -43,7 +43,7 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Recompute:
-    """A policy with its exceptions; None: JAX saves what each operation asks for, all but what was gathered."""
+    """A policy with its exceptions; None: what each operation reads in its backward pass is saved, all but what was gathered."""
 
     actions: tuple[tuple[str, Action], ...] | None = None
 

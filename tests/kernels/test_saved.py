@@ -87,7 +87,7 @@ def test_they_run_wherever_the_model_does(name: str) -> None:
     results.append(jax.jit(jax.shard_map(run, mesh=mesh, in_specs=P(), out_specs=P(), check_vma=False))(arguments))
     for result in results:
         for a, b in zip(result, expected, strict=True):
-            np.testing.assert_allclose(a, b, atol=3e-6, rtol=1e-5)  # measured 1e-6
+            np.testing.assert_allclose(a, b, atol=3e-6, rtol=1e-5)  # measured 5e-7
 
 
 @pytest.mark.parametrize("name", [*NORMS, *ACTIVATIONS, "convolution"])
