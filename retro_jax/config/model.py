@@ -23,6 +23,9 @@ class EncoderConfig:
     ``conditioning``: "decoder" states at the first CCA layer, or "none". ``cross_residual``: "stream" adds the encoder's
     cross-attention to the un-normed stream (RETRO, Megatron legacy), "normed" to the normed one (Megatron core).
     ``padding``: "masked" hides padding from attention; "attended" is Megatron's behaviour.
+    ``division``: how the devices along ``MeshConfig.tensor`` share the encoder. "heads": as the decoder, some heads and columns
+    each. "chunks": each encodes the neighbours of some chunks, with weights gathered layer by layer. "auto": the one that
+    sends less, "heads" where the chunks do not divide.
     """
 
     num_layers: int = 2
@@ -37,6 +40,7 @@ class EncoderConfig:
     final_norm: bool = False
     dropout: float = 0.0
     attention_dropout: float = 0.0
+    division: Literal["auto", "heads", "chunks"] = "auto"
 
     def __post_init__(self) -> None:
         check(self.num_layers >= 0, f"EncoderConfig.num_layers={self.num_layers} must not be negative")
@@ -48,6 +52,7 @@ class EncoderConfig:
         check_choice(self, "conditioning", ("decoder", "none"))
         check_choice(self, "cross_residual", ("stream", "normed"))
         check_choice(self, "padding", ("masked", "attended"))
+        check_choice(self, "division", ("auto", "heads", "chunks"))
         check_fraction(self, "dropout", "attention_dropout")
         check(
             self.embedding == "own" or self.width is None,

@@ -35,10 +35,12 @@ POLICIES: dict[str, dict[str, Action]] = {
 
 
 class Part(NamedTuple):
-    """A sub-layer's name, and whether its backward pass gathers again what its forward pass gathered."""
+    """A sub-layer's name, whether its backward pass gathers again what its forward pass gathered, and whether each device along
+    ``tensor`` computes it ``alone``, for tokens of its own and with whole weights, or all of them together in parts."""
 
     name: str
     gathers_again: bool
+    alone: bool
 
 
 @dataclass(frozen=True)
@@ -78,10 +80,10 @@ class Recompute:
         """All names with this action."""
         return [name for name, own in self.actions or () if own == action]
 
-    def part(self, name: str) -> Part:
+    def part(self, name: str, *, alone: bool = False) -> Part:
         """The sub-layer of this name. Its backward pass gathers its input again where its share is saved and the whole is not."""
         again = self.action(f"{name}_gathered") == "recompute" and self.action(f"{name}_in") != "recompute"
-        return Part(name, again)
+        return Part(name, again, alone)
 
 
 def check_recompute(config: object, policy: RecomputePolicy, exceptions: Sequence[str]) -> None:

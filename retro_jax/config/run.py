@@ -92,8 +92,17 @@ class Config:
             f"DataConfig.seq_len={self.data.seq_len} is not a multiple of MeshConfig.sequence * tensor = "
             f"{mesh.sequence} * {mesh.tensor}; change one of them",
         )
+        if self.model.retro is None:
+            return
+        division, chunks = self.model.retro.encoder.division, self.data.seq_len // (m * mesh.sequence)
         check(
-            self.model.retro is None or self.chunks.retrieved_len % mesh.tensor == 0,
+            division != "chunks" or chunks % mesh.tensor == 0,
+            f"EncoderConfig.division='chunks' cannot share DataConfig.seq_len / (ChunkConfig.chunk_len * MeshConfig.sequence) = "
+            f"{self.data.seq_len} / ({m} * {mesh.sequence}) = {chunks} chunks among MeshConfig.tensor={mesh.tensor} devices; "
+            "change one of them",
+        )
+        check(
+            (division != "heads" and chunks % mesh.tensor == 0) or self.chunks.retrieved_len % mesh.tensor == 0,
             f"ChunkConfig.retrieved_len={self.chunks.retrieved_len} is not a multiple of MeshConfig.tensor={mesh.tensor}; "
             "change one of them",
         )

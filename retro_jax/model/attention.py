@@ -78,10 +78,14 @@ class BlockShape:
 
 
 class AttentionProjections(nnx.Module):
-    """Query, key/value and output projections; ``kv_width`` is the width of what is attended to."""
+    """Query, key/value and output projections; ``kv_width`` is the width of what is attended to.
+
+    ``alone``: each device along ``tensor`` computes all heads, for rows of its own.
+    """
 
     def __init__(self, shape: BlockShape, kv_width: int, *, key: jax.Array) -> None:
         N, G, H, D = shape.num_heads, shape.kv_heads, shape.head_dim, shape.width
+        self.alone = False
         keys = jax.random.split(key, 3)
         init = normal(shape.init_std)
         bias, kv_dims = shape.qkv_bias, "kv_width two kv_heads head_dim"
@@ -98,9 +102,10 @@ class AttentionProjections(nnx.Module):
     def key_value_arrays(self) -> tuple[jax.Array, jax.Array | None]:
         """Weight and bias of those heads. Where there are fewer key/value heads than devices along ``tensor``, each device has
         them all, and takes the one that its query heads read."""
-        weight, bias = gathered(self.key_value.weight), None if self.key_value.bias is None else self.key_value.bias[...]
+        weight = gathered(self.key_value.weight, alone=self.alone)
+        bias = None if self.key_value.bias is None else gathered(self.key_value.bias, alone=self.alone)
         devices, heads = axis_size(TENSOR), self.key_value.weight.whole[2]
-        if devices > 1 and weight.shape[2] == heads:
+        if devices > 1 and weight.shape[2] == heads and not self.alone:
             taken = axis_index(TENSOR) * heads // devices
             weight = jax.lax.dynamic_slice_in_dim(weight, taken, 1, 2)
             bias = None if bias is None else jax.lax.dynamic_slice_in_dim(bias, taken, 1, 1)
@@ -134,7 +139,7 @@ class SelfAttention(AttentionProjections):
                 counts the whole row's tokens.
         """
         shape = self.shape
-        part = shape.recompute.part("attention")
+        part = shape.recompute.part("attention", alone=self.alone)
         q_XTNH, kv_XT2GH = project_in(x_XTD, self.query, self.project_keys_and_values, part=part)
         k_XTGH, v_XTGH = kv_XT2GH[:, :, 0], kv_XT2GH[:, :, 1]
         if shape.positions == "rotary":
@@ -158,7 +163,7 @@ class CrossAttention(AttentionProjections):
     def __call__(self, x_XQD: jax.Array, context_XSD: jax.Array, mask_XQS: jax.Array | None, noise: Noise | None) -> jax.Array:
         """What the tokens x read; ``context_XSD`` is whole, x this device's share of the tokens."""
         shape = dataclasses.replace(self.shape, attention_dropout=self.attention_dropout)
-        part = shape.recompute.part("cross")
+        part = shape.recompute.part("cross", alone=self.alone)
         (q_XQNH,) = project_in(x_XQD, self.query, part=part)
         kv = gathered_again(self.project_keys_and_values, part.gathers_again)(context_XSD)
         q_XQNH, k_XSGH, v_XSGH = name_operands("cross", q_XQNH, kv[:, :, 0], kv[:, :, 1])
@@ -168,7 +173,10 @@ class CrossAttention(AttentionProjections):
 
 
 class FeedForward(nnx.Module):
-    """up - activation - down; "swiglu" has a gate beside up, stacked as [gate, up]."""
+    """up - activation - down; "swiglu" has a gate beside up, stacked as [gate, up].
+
+    ``alone``: each device along ``tensor`` computes all columns, for tokens of its own.
+    """
 
     def __init__(self, shape: BlockShape, *, key: jax.Array) -> None:
         D, F = shape.width, shape.ffn_dim
@@ -177,11 +185,11 @@ class FeedForward(nnx.Module):
         dims, out = ("width two ffn", (2, F)) if gated else ("width ffn", (F,))
         self.up = Linear(dims, (D,), out, bias=shape.bias, init=normal(shape.init_std), key=up_key)
         self.down = Linear("ffn width", (F,), (D,), bias=shape.bias, init=normal(shape.out_std), key=down_key)
-        self.shape = shape
+        self.shape, self.alone = shape, False
 
     def __call__(self, x_XTD: jax.Array, noise: Noise | None) -> jax.Array:
         shape = self.shape
-        part = shape.recompute.part("ffn")
+        part = shape.recompute.part("ffn", alone=self.alone)
         (up,) = project_in(x_XTD, self.up, part=part)
         active = activate(checkpoint_name(up, "ffn_up"), shape.activation)
         return dropout(project_out(active, self.down, part), shape.dropout, noise)
@@ -209,7 +217,7 @@ def attend(
         mask_XQS,
         dropout=0.0 if noise is None else shape.attention_dropout,
         dropout_key=None if noise is None else noise.key,
-        query_numbers_XQN=None if noise is None else noise.queries(q_XQNH.shape[2]),
+        query_numbers_XQN=None if noise is None else noise.queries(q_XQNH.shape[2], shape.num_heads),
         name=name,
         implementation=shape.implementation,
     )

@@ -88,7 +88,7 @@ class ChunkedCrossAttention(AttentionProjections):
             first_chunk_len=first_chunk_len,
             dropout=0.0 if weights_noise is None else shape.attention_dropout,
             dropout_key=None if weights_noise is None else weights_noise.key,
-            query_numbers_BTN=None if weights_noise is None else weights_noise.queries(q_BTNH.shape[2]),
+            query_numbers_BTN=None if weights_noise is None else weights_noise.queries(q_BTNH.shape[2], shape.num_heads),
             implementation=shape.implementation,
         )
         y_BTD = dropout(project_out(o_BTNH, self.out, part), shape.dropout, out_noise)

@@ -12,7 +12,6 @@ from jax.ad_checkpoint import checkpoint_name
 from retro_jax.config import EncoderConfig, ModelConfig
 from retro_jax.model.attention import BlockShape, CrossAttention, FeedForward, SelfAttention
 from retro_jax.model.layers import Embedding, Noise, NormLayer, dropout, normal, parts
-from retro_jax.parallel.axes import TENSOR, axis_size
 from retro_jax.parallel.recompute import recomputed
 
 
@@ -58,7 +57,7 @@ class EncoderLayer(nnx.Module):
         e_XRD: jax.Array,
         mask_X1R: jax.Array | None,
         positions_1R: jax.Array,
-        chunks_YCD: jax.Array,
+        chunks_YCD: jax.Array | None,
         chunk_mask_Y1C: jax.Array | None,
         noise: Noise | None,
     ) -> jax.Array:
@@ -66,6 +65,7 @@ class EncoderLayer(nnx.Module):
         e_XRD = e_XRD + self.attention(self.norm_attention(e_XRD), mask_X1R, positions_1R, noises[0])
         e_XRD = checkpoint_name(e_XRD, "after_attention")
         if self.cross is not None and self.norm_cross is not None:
+            assert chunks_YCD is not None
             X, R, D = e_XRD.shape
             Y = chunks_YCD.shape[0]
             y_XRD = self.norm_cross(e_XRD)
@@ -82,8 +82,8 @@ def _of_chunks(noise: Noise | None, chunks: int) -> Noise | None:
     which the devices' shares are gathered."""
     if noise is None:
         return None
-    devices, R = axis_size(TENSOR), noise.all_XT.shape[1]
-    shares = noise.all_XT.reshape(chunks, -1, devices, R // devices).swapaxes(1, 2)
+    own, R = noise.own_XT.shape[1], noise.all_XT.shape[1]
+    shares = noise.all_XT.reshape(chunks, -1, R // own, own).swapaxes(1, 2)
     return noise._replace(own_XT=noise.own_XT.reshape(chunks, -1), all_XT=shares.reshape(chunks, -1))
 
 
@@ -108,35 +108,46 @@ class NeighbourEncoder(nnx.Module):
         )
         self.final_norm = NormLayer(config.norm, shape.width, config.norm_eps, key=keys[2]) if encoder.final_norm else None
 
+    @property
+    def reads_chunks(self) -> bool:
+        """Whether a layer is conditioned on the decoder's states."""
+        return any(layer.cross is not None for layer in self.layers)
+
     def __call__(
         self,
         embedded_BLKRD: jax.Array,
         mask_BLKR: jax.Array,
-        chunks_BLCD: jax.Array,
+        chunks_BLCD: jax.Array | None,
         chunk_mask_BLC: jax.Array,
         noise: Noise | None,
+        *,
+        alone: bool = False,
     ) -> jax.Array:
         """Encode embedded neighbours, [B, L, K, R, D] to the same shape.
 
         Args:
             embedded_BLKRD: this device's share of each neighbour's tokens.
             mask_BLKR: valid neighbour tokens, of whole neighbours.
-            chunks_BLCD: the decoder's normed states at the first CCA layer, chunk by chunk.
+            chunks_BLCD: the decoder's normed states at the first CCA layer, chunk by chunk; None where no layer reads them.
             chunk_mask_BLC: valid tokens of a chunk.
+            noise: for dropout.
+            alone: these are chunks of this device's own and whole neighbours; nothing but weights is exchanged.
         """
         B, L, K, R = mask_BLKR.shape
-        C = chunks_BLCD.shape[2]
         noises = parts(noise, len(self.layers) + 1)
         positions_1R = jnp.arange(R, dtype=jnp.int32)[None, :]
         e = embedded_BLKRD.reshape(B * L * K, *embedded_BLKRD.shape[3:])
         if self.position is not None:
-            e = e + self.position(positions_1R)
+            e = e + self.position(positions_1R, share=None if alone else -1)
         e = dropout(e, self.config.dropout, noises[0])
         masked = self.config.padding == "masked"
         mask = mask_BLKR.reshape(B * L * K, 1, R) if masked else None
-        chunks = chunks_BLCD.reshape(B * L, C, chunks_BLCD.shape[-1])
-        chunk_mask = chunk_mask_BLC.reshape(B * L, 1, C) if masked else None
+        chunks = None if chunks_BLCD is None else chunks_BLCD.reshape(B * L, *chunks_BLCD.shape[2:])
+        chunk_mask = chunk_mask_BLC.reshape(B * L, 1, -1) if masked else None
         for layer, own in zip(self.layers, noises[1:], strict=True):
+            if alone:
+                layer = nnx.merge(*nnx.split(layer))
+                layer.set_attributes(alone=True)
             e = recomputed(layer, layer.recompute)(e, mask, positions_1R, chunks, chunk_mask, own)
         if self.final_norm is not None:
             e = self.final_norm(e)

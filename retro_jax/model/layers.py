@@ -16,7 +16,7 @@ from retro_jax.config import Activation, Norm, Part
 from retro_jax.kernels.dropout import kept
 from retro_jax.kernels.precision import accumulation_dtype
 from retro_jax.kernels.saved import from_arguments, where_kept
-from retro_jax.parallel.axes import OVER_TENSOR, TENSOR, axis_index, axis_size
+from retro_jax.parallel.axes import FSDP, OVER_TENSOR, TENSOR, axis_index
 from retro_jax.parallel.collectives import gather_parameter, gather_tokens, gathered_again, own_tokens, sum_into_own_tokens
 
 Initializer = Callable[[jax.Array, tuple[int, ...]], jax.Array]
@@ -37,12 +37,14 @@ def parameter(key: jax.Array, dims: str, shape: tuple[int, ...], init: Initializ
     return nnx.Param(init(key, shape), dims=tuple(dims.split()), whole=shape)
 
 
-def gathered(param: nnx.Param) -> jax.Array:
-    """The array to compute with: what this device has, made whole along the dims that are not computed in parts."""
+def gathered(param: nnx.Param, *, alone: bool = False) -> jax.Array:
+    """The array to compute with: what this device has, made whole along the dims that are not computed in parts; ``alone``: along
+    all dims, over ``fsdp`` before ``tensor``, whose devices are nearer."""
     array = param[...]
-    for dim, (name, size) in enumerate(zip(param.dims, param.whole, strict=True)):
-        if name not in OVER_TENSOR and array.shape[dim] != size:
-            array = gather_parameter(array, dim)
+    for axis in (FSDP, TENSOR) if alone else (FSDP,):
+        for dim, (name, size) in enumerate(zip(param.dims, param.whole, strict=True)):
+            if (name in OVER_TENSOR) == (axis == TENSOR) and array.shape[dim] != size:
+                array = gather_parameter(array, dim, axis)
     return array
 
 
@@ -87,12 +89,14 @@ class Linear(nnx.Module):
     Args:
         dims: logical dims of the weight, input first ("width heads head_dim").
         in_shape, out_shape: sizes of the input and output dims.
+
+    ``alone``: computed whole on each device along ``tensor``.
     """
 
     def __init__(
         self, dims: str, in_shape: tuple[int, ...], out_shape: tuple[int, ...], *, bias: bool, init: Initializer, key: jax.Array
     ) -> None:
-        self.in_dims = len(in_shape)
+        self.in_dims, self.alone = len(in_shape), False
         self.weight = parameter(key, dims, (*in_shape, *out_shape), init)
         out_names = " ".join(dims.split()[len(in_shape) :])
         self.bias = parameter(key, out_names, out_shape, constant(0.0)) if bias else None
@@ -102,13 +106,13 @@ class Linear(nnx.Module):
 
     def product(self, x: jax.Array) -> jax.Array:
         """x W, with the part of W that this device computes with."""
-        return jnp.tensordot(x, gathered(self.weight), axes=self.in_dims)
+        return jnp.tensordot(x, gathered(self.weight, alone=self.alone), axes=self.in_dims)
 
     def add_bias(self, y: jax.Array) -> jax.Array:
         """y + b."""
         if self.bias is None:
             return y
-        bias = gathered(self.bias)
+        bias = gathered(self.bias, alone=self.alone)
         return y + bias[(None,) * (y.ndim - bias.ndim)]
 
 
@@ -116,13 +120,15 @@ def project_in(x_XTD: jax.Array, *linears: Callable[[jax.Array], jax.Array], par
     """Projections into heads or columns (column-parallel): of all tokens, into this device's part of the heads or columns.
 
     Args:
-        x_XTD: this device's share of the tokens. All of them are gathered, and again in the backward pass.
+        x_XTD: this device's share of the tokens. All of them are gathered, and again in the backward pass; computed alone, these
+            are all.
         part: the sub-layer; where it does not gather again, all tokens are saved.
     """
     x_XTD = checkpoint_name(x_XTD, f"{part.name}_in")
 
     def compute(x_XTD: jax.Array) -> tuple[jax.Array, ...]:
-        x_XTD = checkpoint_name(gather_tokens(x_XTD), f"{part.name}_gathered")
+        if not part.alone:
+            x_XTD = checkpoint_name(gather_tokens(x_XTD), f"{part.name}_gathered")
         return tuple(linear(x_XTD) for linear in linears)
 
     return gathered_again(compute, part.gathers_again)(x_XTD)
@@ -131,8 +137,11 @@ def project_in(x_XTD: jax.Array, *linears: Callable[[jax.Array], jax.Array], par
 def project_out(y: jax.Array, linear: Linear, part: Part) -> jax.Array:
     """The projection back into the residual stream (row-parallel): this device's share of the tokens, summed over all parts of
     the heads or columns; the bias is added once."""
-    product = gathered_again(lambda y: sum_into_own_tokens(linear.product(y)), part.gathers_again)
-    return linear.add_bias(product(y))
+
+    def compute(y: jax.Array) -> jax.Array:
+        return linear.product(y) if part.alone else sum_into_own_tokens(linear.product(y))
+
+    return linear.add_bias(gathered_again(compute, part.gathers_again)(y))
 
 
 class Embedding(nnx.Module):
@@ -141,12 +150,19 @@ class Embedding(nnx.Module):
     def __init__(self, dims: str, rows: int, width: int, *, init: Initializer, key: jax.Array) -> None:
         self.table = parameter(key, dims, (rows, width), init)
 
-    def __call__(self, ids_XT: jax.Array) -> jax.Array:
-        """Rows [..., T, D] of this device's share of the T tokens."""
-        dim = ids_XT.ndim - 1
-        if self.table.shape[0] == self.table.whole[0]:
-            return gathered_again(lambda ids: gathered(self.table).at[ids].get(mode="promise_in_bounds"))(own_tokens(ids_XT, dim))
-        return gathered_again(lambda ids: sum_into_own_tokens(self._rows_here(ids), dim))(ids_XT)
+    def __call__(self, ids_XT: jax.Array, *, share: int | None = -1) -> jax.Array:
+        """Rows [..., T, D] of this device's share of the T tokens.
+
+        Args:
+            ids_XT: the same on all devices along ``tensor``.
+            share: the dim that they share; None: each has all rows, of a table that is not divided over them.
+        """
+        dim = None if share is None else share % ids_XT.ndim
+        if self.table.dims[0] in OVER_TENSOR and self.table.shape[0] != self.table.whole[0]:
+            assert dim is not None
+            return gathered_again(lambda ids: sum_into_own_tokens(self._rows_here(ids), dim))(ids_XT)
+        own_XT = ids_XT if dim is None else own_tokens(ids_XT, dim)
+        return gathered_again(lambda ids: gathered(self.table).at[ids].get(mode="promise_in_bounds"))(own_XT)
 
     def _rows_here(self, ids_XT: jax.Array) -> jax.Array:
         """The rows that lie in this device's part of the table, zeros for the others."""
@@ -201,10 +217,11 @@ class Noise(NamedTuple):
         """The noise of part ``number`` of what this noise is for."""
         return self._replace(key=jax.random.fold_in(self.key, number))
 
-    def queries(self, heads: int) -> jax.Array:
-        """A number for each query [X, T, heads] of this device's heads."""
-        head_N = (axis_index(TENSOR) * heads + jnp.arange(heads)).astype(jnp.uint32)
-        return self.all_XT[:, :, None] * jnp.uint32(heads * axis_size(TENSOR)) + head_N[None, None]
+    def queries(self, heads: int, of: int) -> jax.Array:
+        """A number for each query [X, T, heads] of this device's heads, which are some ``of`` so many or all of them."""
+        first = axis_index(TENSOR) * heads if heads < of else 0
+        head_N = (first + jnp.arange(heads)).astype(jnp.uint32)
+        return self.all_XT[:, :, None] * jnp.uint32(of) + head_N[None, None]
 
 
 def numbered(key: jax.Array, numbers_XT: jax.Array) -> Noise:

@@ -14,11 +14,12 @@ from retro_jax.kernels.dropout import kept
 from retro_jax.model.attention import causal_mask
 from retro_jax.model.cca import Neighbours
 from retro_jax.model.decoder import DecoderLayer, Row, Stack, runs
+from retro_jax.model.division import encodes_own_chunks
 from retro_jax.model.encoder import NeighbourEncoder
 from retro_jax.model.grid import chunk_tokens, in_chunks, reads
 from retro_jax.model.layers import Embedding, Noise, NormLayer, dropout, normal, numbered, parts
-from retro_jax.parallel.axes import SEQUENCE, axis_index, axis_size, batch_index
-from retro_jax.parallel.collectives import from_part_before, gather_row, gather_tokens, own_part
+from retro_jax.parallel.axes import SEQUENCE, TENSOR, axis_index, axis_size, batch_index
+from retro_jax.parallel.collectives import from_part_before, gather_row, gather_tokens, own_part, own_tokens
 from retro_jax.parallel.recompute import recomputed
 
 
@@ -135,13 +136,18 @@ class Retro(nnx.Module):
         assert retro is not None and encoder is not None
         L = batch.neighbours.shape[1]
         C = retro.chunks.chunk_len
+        alone = encodes_own_chunks(encoder, batch, normed_BTD)
         hide_noise, encoder_noise = parts(noise, 2)
         chunk_numbers_BL = _places(row.numbers_B, L)
         mask_BLKR = batch.neighbour_mask
         if retro.neighbour_dropout > 0.0 and hide_noise is not None:
             shown_BL1 = kept(hide_noise.key, retro.neighbour_dropout, chunk_numbers_BL, 1)
             mask_BLKR = mask_BLKR & shown_BL1[:, :, :, None]
-        chunks_BLCD, _ = in_chunks(gather_tokens(normed_BTD), L, C, batch.first_chunk_len)
+        chunks_BLCD = None
+        if encoder.reads_chunks:
+            # A device's share of the tokens is its share of the chunks: where it encodes those, nothing is sent.
+            states_BTD, here = (normed_BTD, L // axis_size(TENSOR)) if alone else (gather_tokens(normed_BTD), L)
+            chunks_BLCD, _ = in_chunks(states_BTD, here, C, batch.first_chunk_len)
         chunk_mask_BLC = chunk_tokens(batch.segments, L, C, batch.first_chunk_len, cross_document=retro.cross_document)
         reads_BT = reads(
             gather_row(batch.segments),
@@ -150,31 +156,56 @@ class Retro(nnx.Module):
             first_chunk_len_B=batch.first_chunk_len,
             cross_document=retro.cross_document,
         )
+        own_numbers_BL, own_mask_BLKR = chunk_numbers_BL, mask_BLKR
+        if alone:
+            own_numbers_BL, own_mask_BLKR, chunk_mask_BLC = map(own_tokens, (chunk_numbers_BL, mask_BLKR, chunk_mask_BLC))
         if encoder_noise is not None:
-            encoder_noise = _neighbours_noise(encoder_noise.key, chunk_numbers_BL, mask_BLKR.shape)
-        embedded_BLKRD = self._embed_neighbours(batch.neighbours)
-        encoded_BLKRD = encoder(embedded_BLKRD, mask_BLKR, chunks_BLCD, chunk_mask_BLC, encoder_noise)
+            encoder_noise = _neighbours_noise(encoder_noise.key, own_numbers_BL, own_mask_BLKR.shape, alone=alone)
+        encoded_BLKRD = encoder(
+            self._embed_neighbours(batch.neighbours, alone=alone),
+            own_mask_BLKR,
+            chunks_BLCD,
+            chunk_mask_BLC,
+            encoder_noise,
+            alone=alone,
+        )
         attended_BLKR = mask_BLKR if retro.encoder.padding == "masked" else jnp.ones_like(mask_BLKR)
         if axis_size(SEQUENCE) > 1:
-            # The encoded neighbours of one chunk, K * R * D / tensor numbers a row, to the next device: once for all CCA layers.
-            encoded_BLKRD, attended_BLKR = (
-                jnp.concatenate([from_part_before(x[:, -1:]), x], axis=1) for x in (encoded_BLKRD, attended_BLKR)
-            )
-        # Whole neighbours for this device's heads, (t - 1) / t * B * L * K * R * D numbers, once for all CCA layers.
-        encoded_BLKRD = gather_tokens(encoded_BLKRD, dim=3)
+            attended_BLKR = jnp.concatenate([from_part_before(attended_BLKR[:, -1:]), attended_BLKR], axis=1)
+        encoded_BLKRD = _for_all_heads(encoded_BLKRD, dim=1 if alone else 3)
         return Neighbours(encoded_BLKRD, attended_BLKR, own_part(reads_BT), batch.segments, batch.first_chunk_len)
 
-    def _embed_neighbours(self, neighbours_BLKR: jax.Array) -> jax.Array:
-        """This device's share of each neighbour's tokens, embedded."""
+    def _embed_neighbours(self, neighbours_BLKR: jax.Array, *, alone: bool) -> jax.Array:
+        """This device's share of each neighbour's tokens, embedded, or ``alone`` its share of the chunks."""
         assert self.encoder is not None
+        share = 1 if alone else 3
         if self.encoder.embedding is not None:
-            return self.encoder.embedding(neighbours_BLKR)
-        e_BLKRD = self.embedding(neighbours_BLKR)
+            return self.encoder.embedding(neighbours_BLKR, share=share)
+        e_BLKRD = self.embedding(neighbours_BLKR, share=share)
         # Megatron: with learned positions the decoder's table serves the neighbours too.
         if self.position is not None and self.encoder.config.positions == "learned":
-            length = neighbours_BLKR.shape[3]
-            e_BLKRD = e_BLKRD + self.position(jnp.arange(length, dtype=jnp.int32)[None, None, None])
+            place_111R = jnp.arange(neighbours_BLKR.shape[3], dtype=jnp.int32)[None, None, None]
+            e_BLKRD = e_BLKRD + self.position(place_111R, share=None if alone else 3)
         return e_BLKRD
+
+
+def _for_all_heads(encoded_BLKRD: jax.Array, dim: int) -> jax.Array:
+    """Whole encoded neighbours for this device's heads of all CCA layers, from the shares of ``dim`` that the devices along
+    ``tensor`` have, (t - 1) / t * B * L * K * R * D numbers; in front of them those of the last chunk of the part before."""
+    devices = axis_size(TENSOR)
+    if axis_size(SEQUENCE) == 1:
+        return gather_tokens(encoded_BLKRD, dim)
+    # One chunk, K * R * D / tensor numbers a row, to the next device: once for all CCA layers.
+    if dim == 3:
+        before_B1KRD = from_part_before(encoded_BLKRD[:, -1:])
+        return gather_tokens(jnp.concatenate([before_B1KRD, encoded_BLKRD], axis=1), dim)
+    encoded_BLKRD = gather_tokens(encoded_BLKRD, dim)
+    last_B1KRD = encoded_BLKRD[:, -1:]
+    if encoded_BLKRD.shape[3] % devices:
+        before_B1KRD = from_part_before(last_B1KRD)  # all of it where the devices cannot share its tokens
+    else:
+        before_B1KRD = gather_tokens(from_part_before(own_tokens(last_B1KRD, 3)), 3)
+    return jnp.concatenate([before_B1KRD, encoded_BLKRD], axis=1)
 
 
 def _places(row_numbers_B: jax.Array, length: int) -> jax.Array:
@@ -187,12 +218,13 @@ def _tokens_noise(key: jax.Array | None, row_numbers_B: jax.Array, length: int) 
     return None if key is None else numbered(key, _places(row_numbers_B, length))
 
 
-def _neighbours_noise(key: jax.Array, chunk_numbers_BL: jax.Array, shape: tuple[int, ...]) -> Noise:
-    """The noise of neighbours' tokens [B * L * K, R], numbered through the chunks."""
+def _neighbours_noise(key: jax.Array, chunk_numbers_BL: jax.Array, shape: tuple[int, ...], *, alone: bool) -> Noise:
+    """The noise of neighbours' tokens [B * L * K, R], numbered through the chunks; ``alone``: all of them are this device's."""
     B, L, K, R = shape
     place_KR = jnp.arange(K * R, dtype=jnp.uint32).reshape(K, R)
     numbers_BLKR = chunk_numbers_BL[:, :, None, None] * jnp.uint32(K * R) + place_KR[None, None]
-    return numbered(key, numbers_BLKR.reshape(B * L * K, R))
+    numbers_XR = numbers_BLKR.reshape(B * L * K, R)
+    return Noise(key, numbers_XR, numbers_XR) if alone else numbered(key, numbers_XR)
 
 
 def with_vocab(config: ModelConfig, tokenizer_size: int) -> ModelConfig:

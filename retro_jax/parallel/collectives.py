@@ -56,9 +56,9 @@ def from_part_before(x: jax.Array) -> jax.Array:
     return lax.ppermute(x, SEQUENCE, [(part, part + 1) for part in range(parts - 1)])
 
 
-def gather_parameter(shard: jax.Array, dim: int) -> jax.Array:
-    """A whole parameter from the shards along ``fsdp``: (f - 1) n bytes."""
-    return _gather(shard, FSDP, dim)
+def gather_parameter(shard: jax.Array, dim: int, axis: str = FSDP) -> jax.Array:
+    """A whole parameter from the shards along ``fsdp``, or another axis: (f - 1) n bytes."""
+    return _gather(shard, axis, dim)
 
 
 def gathered_again(compute: Callable[..., Result], again: bool = True) -> Callable[..., Result]:

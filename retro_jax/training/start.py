@@ -20,7 +20,7 @@ from retro_jax.training.state import ModelForm, Path, TrainState
 FREE = {("ModelConfig", name) for name in ("implementation", "recompute", "recompute_names", "rotary_scale")}
 FREE |= {("ModelConfig", name) for name in ("dropout", "attention_dropout", "init_std", "vocab_multiple")}
 FREE |= {("RetroConfig", name) for name in ("neighbour_dropout", "cca_init", "copy_strength")}
-FREE |= {("EncoderConfig", "dropout"), ("EncoderConfig", "attention_dropout")}
+FREE |= {("EncoderConfig", name) for name in ("dropout", "attention_dropout", "division")}
 
 
 def from_checkpoint(state: TrainState, form: ModelForm, config: TrainConfig) -> TrainState:

@@ -38,6 +38,13 @@ def model_config(form: str, **model: Any) -> ModelConfig:
     return ModelConfig(**default | model)
 
 
+def with_encoder(model: ModelConfig, **encoder: Any) -> ModelConfig:
+    """The retro with another encoder."""
+    assert model.retro is not None
+    changed = dataclasses.replace(model.retro.encoder, **encoder)
+    return dataclasses.replace(model, retro=dataclasses.replace(model.retro, encoder=changed))
+
+
 def batch() -> Batch:
     """Rows of three documents, some with padding at their ends, and of very different shares of valid neighbours."""
     random = np.random.default_rng(0)

@@ -9,7 +9,7 @@ import pytest
 
 from retro_jax.config import MeshConfig, ModelConfig
 from retro_jax.planning.program import BACKWARD, FORWARD, Collective, collectives
-from tests.parallel.build import B, C, K, L, R, model_config, program
+from tests.parallel.build import B, C, K, L, R, model_config, program, with_encoder
 
 # A sub-layer gathers its tokens and sums its result into shares; backwards the share is gathered again, the result's gradient is
 # gathered and that of the input summed. A layer has two sub-layers, with CCA (and the encoder's conditioned one) three.
@@ -64,7 +64,8 @@ def test_a_layer_computed_again_gathers_once_more_and_not_twice() -> None:
 
 
 def test_cca_and_encoder_over_tensor() -> None:
-    found = of(plain_retro(), tensor=2)
+    """The encoder divided by heads."""
+    found = of(with_encoder(plain_retro(), division="heads"), tensor=2)
     assert found[FORWARD] == times(3, SUB_FORWARD)
     assert found[BACKWARD] == times(3, SUB_BACKWARD)
     first_cca_layer = encoder_layer = times(3, SUB_FORWARD) + times(3, SUB_BACKWARD)
@@ -73,13 +74,36 @@ def test_cca_and_encoder_over_tensor() -> None:
     assert found[None] == first_cca_layer + encoder_layer + tokens + neighbours + conditioning + encoded + hidden + LOSS
 
 
+def test_an_encoder_divided_by_chunks_exchanges_its_weights_alone() -> None:
+    """Gathered forward and backward, biases forward only, and gradients in shards. Tokens are where they are computed: embedded
+    there, conditioned on states that are there, and gathered once when they are encoded."""
+    found = of(with_encoder(plain_retro(), division="chunks"), tensor=2)
+    assert found[FORWARD] == times(3, SUB_FORWARD)
+    assert found[BACKWARD] == times(3, SUB_BACKWARD)
+    first_cca_layer = times(3, SUB_FORWARD) + times(3, SUB_BACKWARD)
+    weights, biases = 3 + 3 + 2, 2 + 2 + 1  # of queries, keys with values, and out in two attentions; of the feed-forward
+    encoder_layer = Counter(all_gather=2 * weights + biases, reduce_scatter=weights + biases)
+    pair = Counter(all_gather=1, reduce_scatter=1)
+    tokens = neighbours = encoded = hidden = pair
+    assert found[None] == first_cca_layer + encoder_layer + tokens + neighbours + encoded + hidden + LOSS
+
+
+@pytest.mark.parametrize("division", ["heads", "chunks"])
+def test_rows_in_parts_share_what_they_hand_on(division: str) -> None:
+    """One chunk's encoded neighbours, of which each device along tensor hands on its part."""
+    model = with_encoder(plain_retro(), division=division)
+    found = collectives(program(model, MeshConfig(sequence=2, tensor=4)))
+    handed = {e.received for e in found if e.operation == "ppermute"}
+    assert handed == {B * K * R * model.width * 4 // 4, B * K * R}
+
+
 def test_rows_in_parts_hand_on_one_chunk_a_step() -> None:
     model, mesh = plain_retro(), MeshConfig(sequence=4)
     found = collectives(program(model, mesh))
     handed = [e for e in found if e.operation == "ppermute"]
     encoded_chunk, mask = B * K * R * model.width * 4, B * K * R
     assert [(e.received, e.times, e.scan) for e in handed] == [
-        (encoded_chunk, 1, None), (mask, 1, None), (encoded_chunk, 1, None),
+        (mask, 1, None), (encoded_chunk, 1, None), (encoded_chunk, 1, None),
     ]  # fmt: skip
     keys_and_values = [e for e in found if e.scan == FORWARD]
     part = B * L * C // 4 * model.kv_heads * model.heads_dim * 4
