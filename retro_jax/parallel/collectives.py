@@ -61,6 +61,11 @@ def gather_parameter(shard: jax.Array, dim: int, axis: str = FSDP) -> jax.Array:
     return _gather(shard, axis, dim)
 
 
+def sum_into_shard(gradient: jax.Array, dim: int) -> jax.Array:
+    """The sum over ``fsdp`` of a whole parameter's gradients, of this device's shard: (f - 1) / f n bytes."""
+    return gradient if axis_size(FSDP) == 1 else lax.psum_scatter(gradient, FSDP, scatter_dimension=dim, tiled=True)
+
+
 def gathered_again(compute: Callable[..., Result], again: bool = True) -> Callable[..., Result]:
     """``compute``, with ``again`` keeping nothing of what it gathers for the backward pass, which gathers it again.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,7 @@ from retro_jax.config import MeshConfig
 from retro_jax.data.batch import Batch
 from retro_jax.errors import UserError
 from retro_jax.parallel.axes import AXES, BATCH, FSDP, OVER_TENSOR, SEQUENCE, TENSOR
+from retro_jax.parallel.collectives import gather_parameter, sum_into_shard
 
 
 def make_mesh(config: MeshConfig) -> Mesh:
@@ -89,6 +91,32 @@ class Layout:
         if size % parts:
             raise UserError(f"{name}={size} is not divisible by MeshConfig.{axis}={parts}; change one of them")
         return axis if parts > 1 else None
+
+    @property
+    def gathers_once(self) -> bool:
+        """Whether parameters are gathered over ``fsdp`` once a step, and not layer by layer."""
+        return self.config.fsdp > 1 and self.config.fsdp_gather == "step"
+
+    @property
+    def computing(self) -> Layout:
+        """The layout of the parameters that a step computes with: whole along ``fsdp`` where they are gathered once."""
+        if not self.gathers_once:
+            return self
+        return dataclasses.replace(self, config=dataclasses.replace(self.config, fsdp_dims=()))
+
+    def gather(self, parameters: Any, specs: Any) -> Any:
+        """Parameters made whole along ``fsdp``, on each device."""
+        return self._over_fsdp(gather_parameter, parameters, specs)
+
+    def sum_into_shards(self, gradients: Any, specs: Any) -> Any:
+        """Gradients of whole parameters, summed over ``fsdp``, of this device's shards; what ``fsdp`` does not divide is left."""
+        return self._over_fsdp(sum_into_shard, gradients, specs)
+
+    @staticmethod
+    def _over_fsdp(exchange: Callable[[jax.Array, int], jax.Array], arrays: Any, specs: Any) -> Any:
+        return jax.tree.map(
+            lambda array, spec: exchange(array, tuple(spec).index(FSDP)) if FSDP in spec else array, arrays, specs
+        )
 
     @property
     def batch(self) -> Batch:

@@ -16,8 +16,8 @@ from retro_jax.model import with_vocab
 from retro_jax.parallel.axes import AXES
 from retro_jax.planning.compiled import CompiledStep, compile_step
 from retro_jax.planning.plan import Plan, make_plan
-from retro_jax.planning.report import draw_plans, plan_json, print_plan
-from retro_jax.planning.search import nearest_that_fits, on_mesh
+from retro_jax.planning.report import draw_plans, in_bytes, plan_json, print_plan
+from retro_jax.planning.search import gathered_once, nearest_that_fits, on_mesh
 from retro_jax.planning.target import TARGETS
 from retro_jax.progress import progress_bar
 
@@ -60,6 +60,13 @@ def plan(config: Config, arguments: argparse.Namespace, console: Console) -> Non
         else:
             console.print(f"It fits with --mesh {sizes(found.config.mesh)} --set ModelConfig.recompute={found.model.recompute}:")
             tell(found)
+    last = plans[-1][0]
+    once = gathered_once(last, target)
+    if once is not None:
+        console.print(
+            f"--set MeshConfig.fsdp_gather=step fits too, with {in_bytes(once.total_memory)}, and receives "
+            f"{in_bytes(once.received('fsdp'))} over fsdp in place of {in_bytes(last.received('fsdp'))}"
+        )
     if arguments.json is not None:
         write_text(
             Path(arguments.json), json.dumps([plan_json(each, target, compiled) for each, compiled in plans], indent=2) + "\n"

@@ -71,11 +71,13 @@ class Plan:
 
     def seconds(self, target: Target) -> dict[str, float]:
         """What a step would take by each limit alone: products, the device's memory, and the links of each axis."""
-        # The optimizer reads and writes parameters, gradients and moments once; each part reads the copy twice and writes and
-        # reads what is saved.
-        parameters = self.memory["parameters"]
+        parameters, mesh, parts = self.memory["parameters"], self.config.mesh, self.config.training.accumulate
+        whole = parameters * (mesh.fsdp if mesh.fsdp_gather == "step" else 1)
+        # The optimizer reads and writes parameters, gradients and moments once; each part reads the copy twice, writes and reads
+        # what is saved, and adds to the sums of gradients.
         moved = 2 * (2 * parameters + self.memory["optimizer"])
-        moved += self.config.training.accumulate * 2 * (parameters // 2 + sum(self.saved.values()))
+        moved += parts * 2 * (whole // 2 + sum(self.saved.values()))
+        moved += parts * 2 * whole if parts > 1 else 0
         times = {"products": self.hardware_flops / target.flops, "memory": moved / target.bandwidth}
         reach = 1
         for axis in reversed(AXES):
@@ -101,8 +103,9 @@ def make_plan(config: Config, model: ModelConfig) -> Plan:
     step, (state, batch) = traceable_step(config, model, layout)
     program = jax.make_jaxpr(step)(state, batch)
     part = abstract_batch(config, model, layout, parts=training.accumulate)
-    saved = _saved(model, training, layout, part)
-    decoder = _saved(dataclasses.replace(model, retro=None), training, layout, part)
+    computing = layout.computing
+    saved = _saved(model, training, computing, part)
+    decoder = _saved(dataclasses.replace(model, retro=None), training, computing, part)
     (rows, length), neighbours = batch.tokens.shape, batch.neighbours.shape[2]
     return Plan(
         config=config,
@@ -111,7 +114,7 @@ def make_plan(config: Config, model: ModelConfig) -> Plan:
         saved={
             "decoder": decoder.device,
             "retrieval": saved.device - decoder.device,
-            "loss": _saved_by_loss(model, training, layout, part),
+            "loss": _saved_by_loss(model, training, computing, part),
         },
         offloaded=saved.host,
         model_flops=train_flops(model, rows=rows, seq_len=length, neighbours=neighbours) / config.mesh.devices,

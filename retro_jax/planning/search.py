@@ -40,6 +40,18 @@ def nearest_that_fits(
     return None
 
 
+def gathered_once(plan: Plan, target: Target) -> Plan | None:
+    """The same step with parameters gathered over ``fsdp`` once; None where that does not fit or receives no less."""
+    mesh = plan.config.mesh
+    if mesh.fsdp == 1 or mesh.fsdp_gather == "step" or plan.config.training.accumulate == 1:
+        return None
+    config = dataclasses.replace(plan.config, mesh=dataclasses.replace(mesh, fsdp_gather="step"))
+    if held_bytes(config, plan.model) > target.memory:
+        return None
+    once = make_plan(config, plan.model)
+    return once if once.total_memory <= target.memory and once.received("fsdp") < plan.received("fsdp") else None
+
+
 def on_mesh(config: Config, mesh: MeshConfig) -> Config:
     """The config on another mesh, its batch accumulated in as many parts as before, or in fewer where there are not so many rows.
 

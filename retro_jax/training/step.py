@@ -46,8 +46,10 @@ def make_train_step(
         optimizer: of its trained parameters.
         config: precision, accumulation, seed.
         layout: of the devices that share the step; None: one does it alone. Gradients are summed over devices once a step.
+            Where it gathers the parameters once, all parts compute with whole ones and sum whole gradients.
     """
     dtype = compute_dtype(config)
+    gathers_once = layout is not None and layout.gathers_once
 
     def loss_of(params: Tree, frozen: Tree, batch: Batch, weights_BT: jax.Array, rows_B: jax.Array, key: jax.Array) -> jax.Array:
         model = form.merge(cast(params, dtype), cast(frozen, dtype))
@@ -65,8 +67,14 @@ def make_train_step(
         rows_B = (batch_index() * rows + jnp.arange(rows)).astype(jnp.uint32)
         key = jax.random.fold_in(dropout_seed(config), step)
 
+        if layout is not None and gathers_once:
+            # All parameters over fsdp in the dtype of the computation, once a step: (f - 1) / f of them.
+            params, frozen = layout.gather((cast(params, dtype), cast(frozen, dtype)), specs)
+
         def of_part(part: Batch, weights_BT: jax.Array, rows_B: jax.Array) -> tuple[jax.Array, Tree]:
-            return jax.value_and_grad(loss_of)(params, frozen, part, weights_BT, rows_B, key)
+            # Of float32 parameters the gradient is float32. What was cast before the gather is the same when it is cast again.
+            wide = cast(params, jnp.dtype("float32")) if gathers_once else params
+            return jax.value_and_grad(loss_of)(wide, frozen, part, weights_BT, rows_B, key)
 
         if config.accumulate == 1:
             loss, gradient = of_part(batch, weights_BT, rows_B)
@@ -74,6 +82,9 @@ def make_train_step(
             loss, gradient = _accumulate(of_part, (batch, weights_BT, rows_B), config.accumulate, params)
         if layout is not None:
             loss = layout.sum_over_batch(loss)
+            if gathers_once:
+                # The sums of all parts in float32, into each device's shards: (f - 1) / f of them, once a step.
+                gradient = layout.sum_into_shards(gradient, specs[0])
             leaves, tree = jax.tree.flatten(gradient)
             gradient = jax.tree.unflatten(tree, layout.sum_gradients(leaves, jax.tree.leaves(specs[0])))
         return loss, targets, gradient
@@ -135,5 +146,5 @@ def _accumulate(
     def add(sums: tuple[jax.Array, Tree], part: tuple[Batch, jax.Array, jax.Array]) -> tuple[tuple[jax.Array, Tree], None]:
         return jax.tree.map(jnp.add, sums, gradients(*part)), None
 
-    nothing = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
+    nothing = (jnp.zeros((), jnp.float32), jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
     return jax.lax.scan(add, nothing, jax.tree.map(deal, whole))[0]

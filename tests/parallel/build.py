@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
@@ -20,6 +20,8 @@ from retro_jax.training.step import make_train_step
 
 V, B, L, C, K, R = 64, 8, 8, 4, 2, 8
 T = L * C
+Trained = Literal["all", "retrieval"]
+Precision = Literal["float32", "bfloat16"]
 
 
 def model_config(form: str, **model: Any) -> ModelConfig:
@@ -74,11 +76,11 @@ class Step(NamedTuple):
     gradient: dict[str, np.ndarray]
 
 
-def step(model: ModelConfig, mesh: MeshConfig | None = None, *, accumulate: int = 1) -> Step:
+def step(model: ModelConfig, mesh: MeshConfig | None = None, *, accumulate: int = 1, trained: Trained = "all") -> Step:
     """One step on the mesh, or on one device."""
     train = TrainConfig(accumulate=accumulate, precision="float32", loss_chunk=20)
-    form, optimizer = prepared(model)
-    state, rows, layout = first_state(model), batch(), None
+    form, optimizer = prepared(model, trained)
+    state, rows, layout = first_state(model, trained), batch(), None
     if mesh is not None:
         layout = make_layout(mesh)
         assert layout is not None
@@ -91,9 +93,15 @@ def step(model: ModelConfig, mesh: MeshConfig | None = None, *, accumulate: int 
     return Step(float(metrics.loss), gradient)
 
 
-def program(model: ModelConfig, mesh: MeshConfig | None = None) -> ClosedJaxpr:
+def program(
+    model: ModelConfig,
+    mesh: MeshConfig | None = None,
+    *,
+    accumulate: int = 1,
+    precision: Precision = "float32",
+) -> ClosedJaxpr:
     """The training step on the mesh, or on one device, as JAX traces it."""
-    train = TrainConfig(precision="float32")
+    train = TrainConfig(accumulate=accumulate, precision=precision)
     form, optimizer = prepared(model)
     rows, layout = batch(), None
     if mesh is not None:
@@ -103,27 +111,27 @@ def program(model: ModelConfig, mesh: MeshConfig | None = None) -> ClosedJaxpr:
     return jax.make_jaxpr(make_train_step(form, optimizer, train, layout))(abstract_state(form, optimizer, layout), rows)
 
 
-def prepared(model: ModelConfig) -> tuple[ModelForm, optax.GradientTransformation]:
+def prepared(model: ModelConfig, trained: Trained = "all") -> tuple[ModelForm, optax.GradientTransformation]:
     """The model's form, and an optimizer whose first moment after a step is half the gradient."""
-    form = model_form(model, is_trained(model))
+    form = model_form(model, is_trained(model, trained))
     return form, make_optimizer(OptimizerConfig(clip_norm=0.0, beta1=0.5), 10, form.trained)
 
 
-def first_state(model: ModelConfig) -> TrainState:
+def first_state(model: ModelConfig, trained: Trained = "all") -> TrainState:
     """The state before the first step, the same however it is computed and divided."""
     plain = dataclasses.replace(model, recompute="none", recompute_names=(), dropout=0.0, attention_dropout=0.0)
-    return jax.device_get(_drawn(plain))
+    return jax.device_get(_drawn(plain, trained))
 
 
 @functools.cache
-def _drawn(model: ModelConfig) -> TrainState:
-    return initial_state(*prepared(model), seed=0)
+def _drawn(model: ModelConfig, trained: Trained) -> TrainState:
+    return initial_state(*prepared(model, trained), seed=0)
 
 
 @functools.cache
-def alone(model: ModelConfig, accumulate: int = 1) -> Step:
+def alone(model: ModelConfig, accumulate: int = 1, trained: Trained = "all") -> Step:
     """The step on one device."""
-    return step(model, accumulate=accumulate)
+    return step(model, accumulate=accumulate, trained=trained)
 
 
 def assert_same(step: Step, expected: Step) -> None:
