@@ -77,7 +77,9 @@ def test_other_encoders_by_chunks(model: dict, encoder: dict, sizes: tuple[int, 
 
 @pytest.mark.slow
 def test_tokens_of_a_neighbour_need_not_divide(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(build, "R", 6)
+    """6 tokens among 4 devices: the chunk that rows in parts hand on goes whole."""
+    for name, size in (("C", 2), ("T", L * 2), ("R", 6)):
+        monkeypatch.setattr(build, name, size)
     model = model_config("retro")
     assert_same(step(model, MeshConfig(sequence=2, tensor=4)), alone(model))
 
