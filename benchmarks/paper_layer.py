@@ -106,7 +106,7 @@ def core_attention(q_BTNH: jax.Array, k_BTNH: jax.Array, v_BTNH: jax.Array, key:
     """What selective recomputation computes again: scores, softmax, its dropout, and values."""
     scores_BNTS = jnp.einsum("btnh,bsnh->bnts", q_BTNH, k_BTNH)
     weights_BNTS = causal_softmax(scores_BNTS, q_BTNH.shape[-1] ** -0.5)
-    numbers_BTN = numbered(key, numbers_BT).queries(q_BTNH.shape[2])
+    numbers_BTN = numbered(key, numbers_BT).queries(q_BTNH.shape[2], q_BTNH.shape[2] * axis_size(TENSOR))
     keep_BNTS = kept(jax.random.fold_in(key, 0), RATE, numbers_BTN.swapaxes(1, 2), k_BTNH.shape[1])
     return jnp.einsum("bnts,bsnh->btnh", where_kept(weights_BNTS, keep_BNTS, RATE), v_BTNH)
 

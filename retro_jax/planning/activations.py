@@ -6,6 +6,7 @@ because every other policy computes them again. Tests hold the sums against the 
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -15,6 +16,7 @@ from retro_jax.model.attention import BlockShape
 from retro_jax.model.encoder import encoder_shape
 
 LayerKind = Literal["plain", "cca", "conditioned encoder", "encoder"]
+ENCODER: tuple[LayerKind, LayerKind] = ("conditioned encoder", "encoder")
 LSE_BYTES = 4
 
 
@@ -58,9 +60,15 @@ def kinds(model: ModelConfig) -> list[LayerKind]:
     return found
 
 
-def saved_by_layer(config: Config, model: ModelConfig) -> dict[LayerKind, list[Kept]]:
+def saved_by_layer(config: Config, model: ModelConfig, *, by_chunks: bool = False) -> dict[LayerKind, list[Kept]]:
     """:func:`layer_arrays` of each kind in a step of a config: on one device, of one of the parts that a batch is dealt to;
-    empty for the reference implementation, which is not counted."""
+    empty for the reference implementation, which is not counted.
+
+    Args:
+        config: batch, rows, precision and mesh.
+        model: with ``vocab_size``.
+        by_chunks: how the devices along ``tensor`` share the encoder.
+    """
     if model.implementation == "reference":
         return {}
     mesh, data, retro = config.mesh, config.data, model.retro
@@ -74,11 +82,12 @@ def saved_by_layer(config: Config, model: ModelConfig) -> dict[LayerKind, list[K
         retrieved_len=config.chunks.retrieved_len,
         tensor=mesh.tensor,
         sequence=mesh.sequence,
-        fsdp=mesh.fsdp,
+        fsdp=mesh.fsdp if mesh.fsdp_gather == "layer" else 1,
         number_bytes=4 if config.training.precision == "float32" else 2,
         dropout=any(rates),
     )
-    return {kind: layer_arrays(model, kind, place) for kind in kinds(model)}
+    alone = dataclasses.replace(place, tensor=1, chunks=place.chunks // mesh.tensor) if by_chunks else place
+    return {kind: layer_arrays(model, kind, alone if kind in ENCODER else place) for kind in kinds(model)}
 
 
 def layer_arrays(model: ModelConfig, kind: LayerKind, place: Place) -> list[Kept]:
@@ -115,7 +124,7 @@ class _Layer:
         if model.implementation == "reference":
             raise ValueError("ModelConfig.implementation='reference' keeps what JAX asks for, which is not counted; use 'xla'")
         self.model, self.place, self.arrays = model, place, list[Kept]()
-        self.decoder = kind in ("plain", "cca")
+        self.decoder = kind not in ENCODER
         self.shape = BlockShape.of_decoder(model) if self.decoder else encoder_shape(model)
         self.recompute: Recompute = self.shape.recompute
         self.everything = self.recompute.actions is None

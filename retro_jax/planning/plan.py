@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from retro_jax.config import Config, ModelConfig, TrainConfig
 from retro_jax.data.batch import Batch
+from retro_jax.model.division import encodes_own_chunks
 from retro_jax.parallel.axes import AXES, TENSOR
 from retro_jax.parallel.layout import Layout
 from retro_jax.planning.peak import ACTIVATIONS, COPY, GRADIENTS, PARAMETERS, WORKSPACE, peak_memory
@@ -46,7 +47,7 @@ class Plan:
     of the decoder, of the retrieval path and of the loss; ``offloaded``: those that lie in the host's memory. ``model_flops``: of
     the model's own matrix products, this device's share; ``hardware_flops``: of all products that it computes, also those
     computed again.
-    ``exchanges``: what it receives. ``parameters``: how many the model has. ``checkpoint``: bytes of a whole checkpoint.
+    ``exchanges``: what it receives. ``encodes_own_chunks``: the encoder is divided by chunks. ``parameters``: how many the model has. ``checkpoint``: bytes of a whole checkpoint.
     """
 
     config: Config
@@ -57,6 +58,7 @@ class Plan:
     model_flops: float
     hardware_flops: int
     exchanges: tuple[Collective, ...]
+    encodes_own_chunks: bool
     parameters: int
     checkpoint: int
 
@@ -120,6 +122,7 @@ def make_plan(config: Config, model: ModelConfig) -> Plan:
         model_flops=train_flops(model, rows=rows, seq_len=length, neighbours=neighbours) / config.mesh.devices,
         hardware_flops=product_flops(program),
         exchanges=tuple(collectives(program)),
+        encodes_own_chunks=_encodes_own_chunks(model, training, computing, part),
         parameters=sum(prod(fact.shape) for fact in form.facts.values()),
         checkpoint=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
     )
@@ -187,15 +190,38 @@ def abstract_batch(config: Config, model: ModelConfig, layout: Layout, *, parts:
 
 def _saved(model: ModelConfig, training: TrainConfig, layout: Layout, batch: Batch) -> SavedBytes:
     """What one device's forward pass up to the hidden states saves, beside parameters in the dtype of the computation."""
-    form = model_form(model, is_trained(model))
-    dtype = jnp.dtype(training.precision)
-    params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, dtype, sharding=p.sharding), divided_params(form, layout)[0])
+    form, params = _computed_with(model, training, layout)
 
     def residuals(params: Tree, batch: Batch) -> list[jax.Array]:
         forward = jax.vjp(lambda params: form.merge(params, {})(batch, dropout_key=jax.random.key(0)), params)
         return jax.tree.leaves(forward[1])
 
     return saved_inside(jax.make_jaxpr(layout.run(residuals, (form.specs(layout)[0], layout.batch), P()))(params, batch))
+
+
+def _computed_with(model: ModelConfig, training: TrainConfig, layout: Layout) -> tuple[ModelForm, Tree]:
+    """The model's form, and its parameters in the dtype of the computation."""
+    form = model_form(model, is_trained(model))
+    dtype = jnp.dtype(training.precision)
+    params = divided_params(form, layout)[0]
+    return form, jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, dtype, sharding=p.sharding), params)
+
+
+def _encodes_own_chunks(model: ModelConfig, training: TrainConfig, layout: Layout, batch: Batch) -> bool:
+    """How the devices along ``tensor`` share the encoder."""
+    if layout.config.tensor == 1 or batch.neighbours.size == 0:
+        return False
+    form, params = _computed_with(model, training, layout)
+    said = []
+
+    def ask(params: Tree, batch: Batch) -> jax.Array:
+        B, T = batch.tokens.shape
+        states_BTD = jnp.zeros((B, T // layout.config.tensor, model.width))
+        said.append(encodes_own_chunks(form.merge(params, {}).encoder, batch, states_BTD))
+        return jnp.zeros(())
+
+    jax.make_jaxpr(layout.run(ask, (form.specs(layout)[0], layout.batch), P()))(params, batch)
+    return said[0]
 
 
 def _saved_by_loss(model: ModelConfig, training: TrainConfig, layout: Layout, batch: Batch) -> int:

@@ -94,7 +94,7 @@ def received_by(exchanges: Sequence[Collective]) -> dict[tuple[str, tuple[str, .
 
 def _print_layers(plan: Plan, console: Console) -> None:
     """What a layer of each kind saves on a device, by name; the arrays of several kinds stand in one row."""
-    layers = saved_by_layer(plan.config, plan.model)
+    layers = saved_by_layer(plan.config, plan.model, by_chunks=plan.encodes_own_chunks)
     if not layers:
         return
     cells: dict[tuple[str, Action], dict[str, str]] = {}
@@ -110,6 +110,8 @@ def _print_layers(plan: Plan, console: Console) -> None:
     table.add_row("in all on the device", *map(in_bytes, on_device), "")
     if any(on_host):
         table.add_row("in all in the host's memory", *map(in_bytes, on_host), "")
+    if plan.encodes_own_chunks:
+        console.print("each device along tensor encodes the neighbours of its own chunks, with weights gathered")
     again = sorted({name for name, action in cells if action == "recompute"})
     console.print(table)
     if again:
@@ -143,9 +145,10 @@ def plan_json(plan: Plan, target: Target, compiled: CompiledStep | None = None) 
         "parameters": plan.parameters,
         "saved": plan.saved,
         "memory": {**plan.memory, "total": plan.total_memory, "offloaded": plan.offloaded, "target": int(target.memory)},
+        "encoder": "chunks" if plan.encodes_own_chunks else "heads",
         "layers": {
             kind: [{"name": name, "bytes": size, "action": action} for name, size, action in arrays]
-            for kind, arrays in saved_by_layer(plan.config, plan.model).items()
+            for kind, arrays in saved_by_layer(plan.config, plan.model, by_chunks=plan.encodes_own_chunks).items()
         },
         "fits": plan.total_memory <= target.memory,
         "flops": {"model": plan.model_flops, "hardware": plan.hardware_flops},

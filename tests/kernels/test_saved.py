@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from retro_jax.kernels.saved import where_kept
 from retro_jax.model.cca import _convolved, causal_convolution
 from retro_jax.model.layers import _activated, _normalised, activate, dropout, normalise, numbered
-from retro_jax.planning.program import saved_bytes
+from tests.planning.traced import saved_by
 
 RANDOM = np.random.default_rng(0)
 NORMS = ("layernorm", "layernorm1p", "rmsnorm")
@@ -93,12 +93,12 @@ def test_they_run_wherever_the_model_does(name: str) -> None:
 @pytest.mark.parametrize("name", [*NORMS, *ACTIVATIONS, "convolution"])
 def test_arguments_alone_are_kept(name: str) -> None:
     function, plain, arguments = case(name, jnp.bfloat16)
-    assert saved_bytes(function, *arguments) == 0
+    assert saved_by(function, *arguments) == 0
     if name != "relu":
-        assert saved_bytes(plain, *arguments) > 0
+        assert saved_by(plain, *arguments) > 0
 
 
 def test_dropout_keeps_one_byte_a_number() -> None:
     x, key = array(2, 6, 8, dtype=jnp.bfloat16), jax.random.key(0)
     noise = numbered(key, jnp.arange(12, dtype=jnp.uint32).reshape(2, 6))
-    assert saved_bytes(lambda x: dropout(x, 0.3, noise), x) == x.size
+    assert saved_by(lambda x: dropout(x, 0.3, noise), x) == x.size

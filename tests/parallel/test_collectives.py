@@ -8,8 +8,9 @@ from collections import Counter
 import pytest
 
 from retro_jax.config import MeshConfig, ModelConfig
-from retro_jax.planning.program import BACKWARD, FORWARD, Collective, collectives
+from retro_jax.planning.program import BACKWARD, FORWARD, collectives
 from tests.parallel.build import B, C, K, L, R, model_config, program, with_encoder
+from tests.planning.traced import exchanged
 
 # A sub-layer gathers its tokens and sums its result into shares; backwards the share is gathered again, the result's gradient is
 # gathered and that of the input summed. A layer has two sub-layers, with CCA (and the encoder's conditioned one) three.
@@ -22,16 +23,11 @@ def times(count: int, exchanges: Counter[str]) -> Counter[str]:
     return Counter({name: count * number for name, number in exchanges.items()})
 
 
-def counted(exchanges: list[Collective], scan: str | None) -> Counter[str]:
-    """How many exchanges of each kind stand in the scans of a direction, or outside of all (None)."""
-    return Counter(e.operation for e in exchanges if e.scan == scan)
-
-
 def of(model: ModelConfig, **mesh: int) -> dict[str | None, Counter[str]]:
     """Exchanges forward and backward in the scan over layers, and outside. Sums of gradients and of losses are left out."""
     found = collectives(program(model, MeshConfig(**mesh)))
     exchanges = [e for e in found if e.operation != "psum"]
-    return {scan: counted(exchanges, scan) for scan in (FORWARD, BACKWARD, None)}
+    return {scan: exchanged(exchanges, scan) for scan in (FORWARD, BACKWARD, None)}
 
 
 def plain_retro(**model: object) -> ModelConfig:
@@ -108,7 +104,7 @@ def test_rows_in_parts_hand_on_one_chunk_a_step() -> None:
     keys_and_values = [e for e in found if e.scan == FORWARD]
     part = B * L * C // 4 * model.kv_heads * model.heads_dim * 4
     assert [(e.operation, e.axes, e.received) for e in keys_and_values] == 2 * [("all_gather", ("sequence",), 3 * part)]
-    assert counted(found, BACKWARD) == Counter(reduce_scatter=2)
+    assert exchanged(found, BACKWARD) == Counter(reduce_scatter=2)
 
 
 def test_fsdp_gathers_a_layer_at_a_time() -> None:

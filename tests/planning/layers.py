@@ -23,7 +23,7 @@ from retro_jax.parallel.axes import AXES
 from retro_jax.parallel.layout import Layout
 from retro_jax.parallel.recompute import recomputed
 from retro_jax.planning.activations import LayerKind, Place
-from retro_jax.planning.program import SavedBytes, _inner
+from retro_jax.planning.program import SavedBytes, inner_jaxprs
 
 
 def layout(**sizes: int) -> Layout:
@@ -109,7 +109,7 @@ def named(model: ModelConfig, kind: LayerKind, place: Place) -> Counter[str]:
         for equation in jaxpr.eqns:
             if equation.primitive.name == "name":
                 yield equation.params["name"]
-            for inner in _inner(equation.params):
+            for inner in inner_jaxprs(equation.params):
                 yield from names(inner)
 
     return Counter(names(_inside(backward_of(model, kind, place))))

@@ -12,9 +12,9 @@ from retro_jax.config import ChunkConfig, EncoderConfig, ModelConfig, RetroConfi
 from retro_jax.config.recompute import ATTENTIONS, NAMES
 from retro_jax.planning.activations import LayerKind, Place, kinds, layer_arrays, saved_bytes
 from retro_jax.planning.program import SavedBytes
-from retro_jax.planning.program import saved_bytes as saved_by
 from tests.parallel.build import B, T, abstract_state, batch, prepared
 from tests.planning.layers import named, traced_bytes
+from tests.planning.traced import saved_by
 
 KINDS: tuple[LayerKind, ...] = ("plain", "cca", "conditioned encoder", "encoder")
 POLICIES = ("none", "selective", "full", "offload")

@@ -13,7 +13,7 @@ from benchmarks.recomputation import counted
 from retro_jax.kernels.dropout import kept
 from retro_jax.planning.paper import MODELS, PaperModel
 from retro_jax.planning.program import collectives
-from retro_jax.planning.program import counted as counted_exchanges
+from tests.planning.traced import exchanged
 
 SMALL = PaperModel(heads=8, width=64, layers=1, microbatch=2, batch=2, seq_len=16, vocab=64)
 Arrays = tuple[jax.Array, jax.Array, LayerParameters, jax.Array, jax.Array]
@@ -123,8 +123,8 @@ def test_what_devices_send(name: str, exchanges: dict[str, int], arrays: Arrays)
     kept. "full" sums attention's output once more."""
     form = FORMS[name]
     found = collectives(jax.make_jaxpr(divided(gradients, form, eight_devices()))(*arrays))
-    of_parameters = counted_exchanges([e for e in found if e.operation == "psum" and form.sequence], None)
-    assert counted_exchanges(found, None) - of_parameters == exchanges
+    of_parameters = exchanged([e for e in found if e.operation == "psum" and form.sequence], None)
+    assert exchanged(found, None) - of_parameters == exchanges
 
 
 def test_the_softmax_is_causal_and_keeps_its_result() -> None:

@@ -2,23 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import pytest
 
 from retro_jax.config import MeshConfig
-from retro_jax.planning.program import collectives, product_flops, saved_inside
+from retro_jax.planning.program import collectives, product_flops
 from retro_jax.training.flops import train_flops
 from tests.parallel.build import B, C, K, L, R, T, abstract_state, batch, model_config, prepared, program
-
-
-def saved_bytes(function: Callable[..., jax.Array], *arguments: Any) -> int:
-    """By the function of arrays, or of their shapes, for its backward pass."""
-    residuals = jax.make_jaxpr(lambda *arguments: jax.tree.leaves(jax.vjp(function, *arguments)[1]))(*arguments)
-    return saved_inside(residuals).device
+from tests.planning.traced import saved_by
 
 
 def test_a_scan_counts_as_often_as_it_runs() -> None:
@@ -29,7 +21,7 @@ def test_a_scan_counts_as_often_as_it_runs() -> None:
     assert product_flops(jax.make_jaxpr(run)(x, w)) == 5 * 2 * 3 * 4 * 4
     assert collectives(jax.make_jaxpr(run)(x, w)) == []
     # Each step keeps what it was given and the sine's derivative; w is given anyway.
-    assert saved_bytes(run, x, w) == 5 * 3 * 4 * 4 + 5 * 3 * 4 * 4
+    assert saved_by(run, x, w) == 5 * 3 * 4 * 4 + 5 * 3 * 4 * 4
 
 
 def test_a_loop_of_unknown_length_is_refused() -> None:
@@ -74,7 +66,7 @@ def test_saved_bytes_a_layer_are_those_of_the_named_arrays() -> None:
             model = model_config("gpt", recompute=policy, recompute_names=exceptions, num_layers=count)
             form, optimizer = prepared(model)
             params = abstract_state(form, optimizer).params
-            return saved_bytes(lambda params: jnp.sum(form.merge(params, {})(batch())), params)
+            return saved_by(lambda params: jnp.sum(form.merge(params, {})(batch())), params)
 
         assert all_layers(6) - all_layers(4) == all_layers(4) - all_layers(2)
         return (all_layers(4) - all_layers(2)) // 2
