@@ -20,7 +20,8 @@ def from_arguments(function: Callable[..., jax.Array]) -> Callable[..., jax.Arra
     it can be differentiated once, in reverse."""
 
     def backward(arguments: tuple[Any, ...], d_result: jax.Array) -> tuple[Any, ...]:
-        return jax.vjp(function, *arguments)[1](d_result)
+        # Where no loop stands between, XLA would find that it has computed all of this before, and keep it.
+        return jax.vjp(function, *jax.lax.optimization_barrier(arguments))[1](d_result)
 
     run = jax.custom_vjp(function)
     run.defvjp(lambda *arguments: (function(*arguments), arguments), backward)

@@ -47,7 +47,8 @@ class Plan:
     of the decoder, of the retrieval path and of the loss; ``offloaded``: those that lie in the host's memory. ``model_flops``: of
     the model's own matrix products, this device's share; ``hardware_flops``: of all products that it computes, also those
     computed again.
-    ``exchanges``: what it receives. ``encodes_own_chunks``: the encoder is divided by chunks. ``parameters``: how many the model has. ``checkpoint``: bytes of a whole checkpoint.
+    ``exchanges``: what it receives. ``encodes_own_chunks``: the encoder is divided by chunks. ``parameters``: how many the model
+    has. ``checkpoint``: bytes of a whole checkpoint.
     """
 
     config: Config
@@ -215,9 +216,11 @@ def _encodes_own_chunks(model: ModelConfig, training: TrainConfig, layout: Layou
     said = []
 
     def ask(params: Tree, batch: Batch) -> jax.Array:
+        encoder = form.merge(params, {}).encoder
+        assert encoder is not None
         B, T = batch.tokens.shape
         states_BTD = jnp.zeros((B, T // layout.config.tensor, model.width))
-        said.append(encodes_own_chunks(form.merge(params, {}).encoder, batch, states_BTD))
+        said.append(encodes_own_chunks(encoder, batch, states_BTD))
         return jnp.zeros(())
 
     jax.make_jaxpr(layout.run(ask, (form.specs(layout)[0], layout.batch), P()))(params, batch)
