@@ -218,7 +218,7 @@ def _name_kinds(buffers: list[_Buffer], operations: list[_Operation], gradients:
     copies = {id(buffer) for op in operations for value in op.outputs if value.of == {PARAMETERS} for buffer in value.buffers}
     of_gradients = set(map(id, gradients))
     for operation in reversed(operations):
-        if operation.name == "psum" and not of_gradients.isdisjoint(map(id, operation.outputs)):
+        if operation.name in ("psum", "reduce_scatter") and not of_gradients.isdisjoint(map(id, operation.outputs)):
             gradients = gradients + operation.inputs  # before they are summed over devices
             of_gradients |= set(map(id, operation.inputs))
     sums = {id(buffer) for value in gradients for buffer in value.buffers}
