@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.extend.core import Var
-from jax.sharding import AbstractMesh, AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from retro_jax.kernels.dropout import kept
@@ -215,6 +215,52 @@ def program_bytes(model: PaperModel, form: Form) -> int:
     inside = mapped.params["jaxpr"]
     arrays = {v for v in inside.outvars if isinstance(v, Var)} - {*inside.invars[1:], *inside.constvars}
     return sum(v.aval.size * v.aval.dtype.itemsize for v in arrays)
+
+
+def compiled_bytes(model: PaperModel, form: Form, mesh: Mesh, few: int = 4, many: int = 8) -> float:
+    """What XLA's program holds for each layer between forward and backward pass: the growth of its temporary bytes with depth.
+
+    Args:
+        mesh: of described devices (:func:`retro_jax.planning.compiled.described_mesh`).
+        few, many: the numbers of layers that are compiled.
+    """
+
+    def temporary(layers: int) -> int:
+        stack = partial(_stack_gradients, form=form)
+        specs = LayerParameters(*(P(None, *spec) for spec in SPECS))
+        run = jax.shard_map(
+            stack,
+            mesh=mesh,
+            in_specs=(form.stream, form.stream, specs, P(), P()),
+            out_specs=(form.stream, specs),
+            check_vma=False,
+        )
+
+        def placed(array: jax.ShapeDtypeStruct, spec: P) -> jax.ShapeDtypeStruct:
+            return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=NamedSharding(mesh, spec))
+
+        _, (stream, params, key, numbers) = _abstract(model)
+        stream = placed(stream, form.stream)
+        params = LayerParameters(
+            *(placed(jax.ShapeDtypeStruct((layers, *p.shape), p.dtype), s) for p, s in zip(params, specs, strict=True))
+        )
+        memory = jax.jit(run).lower(stream, stream, params, placed(key, P()), placed(numbers, P())).compile().memory_analysis()
+        assert memory is not None
+        return memory.temp_size_in_bytes
+
+    return (temporary(many) - temporary(few)) / (many - few)
+
+
+def _stack_gradients(
+    x_BTD: jax.Array, d_BTD: jax.Array, stacked: LayerParameters, key: jax.Array, numbers_BT: jax.Array, *, form: Form
+) -> tuple[jax.Array, LayerParameters]:
+    def run(x_BTD: jax.Array, stacked: LayerParameters) -> jax.Array:
+        def body(x_BTD: jax.Array, own: tuple[LayerParameters, jax.Array]) -> tuple[jax.Array, None]:
+            return layer(x_BTD, own[0], jax.random.fold_in(key, own[1]), numbers_BT, form), None
+
+        return lax.scan(body, x_BTD, (stacked, jnp.arange(stacked.up_DF.shape[0])))[0]
+
+    return jax.vjp(run, x_BTD, stacked)[1](d_BTD)
 
 
 def program_flops(model: PaperModel, form: Form) -> int:

@@ -1,24 +1,30 @@
 """What a layer keeps and what it computes again, in five forms, for the four models of Korthikanti et al. (2022, Table 3):
 counted in the traced program of the paper's own layer, beside the paper's formulas. Nothing is computed; no time is measured.
 
-    python -m benchmarks.recomputation --output benchmarks/results/recomputation.json
+    python -m benchmarks.recomputation --compile --output benchmarks/results/recomputation.json
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import sys
 from pathlib import Path
 from typing import Any
 
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
 import jax
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.paper_layer import FORMS, program_bytes, program_flops
+from benchmarks.paper_layer import FORMS, compiled_bytes, program_bytes, program_flops
+from retro_jax.config import MeshConfig
+from retro_jax.planning.compiled import described_mesh
 from retro_jax.planning.paper import MODELS, PaperModel, full_flops, layer_bytes, model_flops, selective_flops
+from retro_jax.planning.target import TARGETS
 
 RESULTS = Path(__file__).parent / "results" / "recomputation.json"
 
@@ -27,6 +33,7 @@ def main() -> None:
     """Count, check, write and print."""
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--output", type=Path, default=RESULTS)
+    arguments.add_argument("--compile", action="store_true", help="let XLA compile the 22B layer for 8 H100s too (extra cuda)")
     given = arguments.parse_args()
     models = {name: counted(model) for name, model in MODELS.items()}
     for name, forms in models.items():
@@ -41,8 +48,26 @@ def main() -> None:
         "settings": {"tensor": 8, "dtype": "bfloat16", "seq_len": 2048, "vocab": 51200},
         "models": models,
     }
+    if given.compile:
+        result["compiled"] = compiled("22B", models["22B"])
     given.output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     print_table(models, Console())
+    for name, figures in result.get("compiled", {}).get("forms", {}).items():
+        size, of_program = figures["bytes"] / 2**20, figures["of_program"]
+        print(f"22B compiled for 8 H100s, {name}: {size:,.2f} MiB a layer, {of_program:.3f} of the program's")
+
+
+def compiled(name: str, forms: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What XLA for H100s holds of a layer in each form, beside the program's bytes."""
+    mesh = described_mesh(MeshConfig(tensor=8), TARGETS["h100"])
+    found: dict[str, Any] = {"model": name, "target": TARGETS["h100"].name, "forms": {}}
+    for form in FORMS:
+        size = compiled_bytes(MODELS[name], FORMS[form], mesh)
+        found["forms"][form] = {"bytes": size, "of_program": round(size / forms[form]["program_bytes"], 4)}
+    base = found["forms"]["tensor"]["bytes"]
+    for figures in found["forms"].values():
+        figures["percent_of_tensor_alone"] = round(100 * figures["bytes"] / base, 1)
+    return found
 
 
 def counted(model: PaperModel) -> dict[str, dict[str, Any]]:

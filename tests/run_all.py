@@ -1,4 +1,4 @@
-"""Run every test, slow ones too, file by file, and record the result in benchmarks/results/.
+"""Run every test, slow ones too, two files at a time, and record the result in benchmarks/results/.
 
 A file that has passed is not run again until something in the repository changes, so a run that was interrupted continues.
 """
@@ -14,9 +14,11 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+JOBS = 2
 COUNTS = ("tests", "failures", "errors", "skipped")
 PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy", "faiss-cpu", "tokenizers", "pytest")
 
@@ -29,13 +31,17 @@ def main() -> int:
     earlier = json.loads(result_path.read_text()) if result_path.exists() else {}
     files = earlier.get("files", {}) if earlier.get("source") == source else {}
     names = [str(path.relative_to(REPOSITORY)) for path in sorted((REPOSITORY / "tests").rglob("test_*.py"))]
+    waiting = []
     for name in names:
         if not failed(files.get(name)):
             print(f"{name}: passed before")
             continue
-        files[name] = run(name, interpreter)
-        result_path.parent.mkdir(parents=True, exist_ok=True)
-        result_path.write_text(json.dumps(result(source, files, names), indent=2) + "\n")
+        waiting.append(name)
+    with ThreadPoolExecutor(max_workers=JOBS) as executor:
+        for done in as_completed({executor.submit(run, name, interpreter) for name in waiting}):
+            files |= done.result()
+            result_path.parent.mkdir(parents=True, exist_ok=True)
+            result_path.write_text(json.dumps(result(source, files, names), indent=2) + "\n")
     bad = [name for name in names if failed(files.get(name))]
     totals = {count: sum(files[name][count] for name in names) for count in COUNTS}
     passed = totals["tests"] - totals["failures"] - totals["errors"] - totals["skipped"]
@@ -44,19 +50,22 @@ def main() -> int:
     return 1 if bad else 0
 
 
-def run(name: str, interpreter: str) -> dict:
-    """Run one file's tests; seconds and counts."""
-    report = REPOSITORY / ".pytest_cache" / f"{interpreter}.xml"
+def run(name: str, interpreter: str) -> dict[str, dict]:
+    """Run one file's tests; seconds and counts, by its name."""
+    report = REPOSITORY / ".pytest_cache" / f"{interpreter}_{name.replace('/', '_')}.xml"
     report.parent.mkdir(exist_ok=True)
     report.unlink(missing_ok=True)
     began = time.monotonic()
-    code = subprocess.call([sys.executable, "-m", "pytest", "-q", "-m", "", f"--junit-xml={report}", name])
-    seconds = round(time.monotonic() - began, 1)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-m", "", f"--junit-xml={report}", name], capture_output=True, text=True
+    )
+    code, seconds = done.returncode, round(time.monotonic() - began, 1)
+    print(f"{name}: {done.stdout.splitlines()[-1] if code == 0 else done.stdout + done.stderr}", flush=True)
     if not report.exists():
-        return {"seconds": seconds, "exit_code": code, **dict.fromkeys(COUNTS, 0), "errors": 1}
+        return {name: {"seconds": seconds, "exit_code": code, **dict.fromkeys(COUNTS, 0), "errors": 1}}
     suite = ElementTree.parse(report).getroot().find("testsuite")
     assert suite is not None
-    return {"seconds": seconds, "exit_code": code, **{count: int(suite.get(count, 0)) for count in COUNTS}}
+    return {name: {"seconds": seconds, "exit_code": code, **{count: int(suite.get(count, 0)) for count in COUNTS}}}
 
 
 def failed(entry: dict | None) -> bool:
@@ -70,7 +79,7 @@ def result(source: str, files: dict, names: list[str]) -> dict:
     return {
         "command": "make test-all",
         "complete": len(entries) == len(names) and not any(map(failed, entries)),
-        "seconds": round(sum(entry["seconds"] for entry in entries), 1),
+        "seconds_of_all_files": round(sum(entry["seconds"] for entry in entries), 1),
         **{count: sum(entry[count] for entry in entries) for count in COUNTS},
         "source": source,
         "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),

@@ -25,7 +25,7 @@ from tests.parallel.build import B, K, L, R, T, alone, assert_same, batch, model
 
 POLICIES = ("none", "selective", "full", "offload")
 # (fsdp, sequence, tensor). Those of test_meshes divide by chunks, which sends less at their sizes.
-CHOSEN = [("heads", "none", (2, 2, 2)), ("heads", "full", (1, 2, 4))]
+CHOSEN = [("heads", "none", (2, 2, 2))]
 MESHES = [(1, 1, 2), (1, 1, 8), (1, 2, 4), (1, 4, 2), (2, 1, 4), (2, 2, 2), (4, 1, 2)]
 SLOW = [case for case in itertools.product(("heads", "chunks"), POLICIES, MESHES) if case not in CHOSEN]
 
@@ -43,7 +43,8 @@ def mesh_of(sizes: tuple[int, int, int]) -> MeshConfig:
     return MeshConfig(fsdp=fsdp, sequence=sequence, tensor=tensor)
 
 
-@pytest.mark.parametrize("division", ["heads", pytest.param("chunks", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("division", ["heads", "chunks"])
 def test_the_same_is_dropped_in_both(division: str) -> None:
     model = dropping()
     assert_same(step(with_encoder(model, division=division), MeshConfig(sequence=2, tensor=4)), alone(model))
@@ -58,16 +59,15 @@ def dropping() -> ModelConfig:
 OTHER = {"num_layers": 2, "embedding": "own", "positions": "learned", "final_norm": True, "padding": "attended"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "encoder", "sizes"),
     [
         ({"num_kv_heads": 1, "positions": "learned"}, OTHER | {"width": 16, "num_heads": 4, "ffn_dim": 32}, (2, 1, 4)),
-        pytest.param({"num_kv_heads": 1}, OTHER | {"cross_residual": "normed"}, (2, 2, 2), marks=pytest.mark.slow),
-        pytest.param(
-            {"positions": "learned", "activation": "swiglu"}, {"positions": "learned"}, (1, 2, 4), marks=pytest.mark.slow
-        ),
-        pytest.param({"linear_bias": False}, {"conditioning": "none", "num_layers": 2}, (1, 2, 4), marks=pytest.mark.slow),
-        pytest.param({"norm": "rmsnorm"}, {"conditioning": "none", "num_layers": 0}, (1, 2, 4), marks=pytest.mark.slow),
+        ({"num_kv_heads": 1}, OTHER | {"cross_residual": "normed"}, (2, 2, 2)),
+        ({"positions": "learned", "activation": "swiglu"}, {"positions": "learned"}, (1, 2, 4)),
+        ({"linear_bias": False}, {"conditioning": "none", "num_layers": 2}, (1, 2, 4)),
+        ({"norm": "rmsnorm"}, {"conditioning": "none", "num_layers": 0}, (1, 2, 4)),
     ],
 )
 def test_other_encoders_by_chunks(model: dict, encoder: dict, sizes: tuple[int, int, int]) -> None:

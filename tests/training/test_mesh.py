@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 
 from retro_jax.config import MeshConfig
+from retro_jax.errors import UserError
 from retro_jax.parallel.processes import HEARTBEAT_SECONDS
 from retro_jax.training.checkpoint import load_model
 from retro_jax.training.metrics import METRICS, read_lines
@@ -52,6 +53,14 @@ def test_a_run_goes_on_on_other_meshes(alone: Path, tmp_path: Path) -> None:
         model, step = load_model(tmp_path)  # one device reads what several have written
         assert step == 12 and len(model.embedding.table[...].sharding.device_set) == 1
     assert_same_losses(tmp_path, alone)
+
+
+def test_a_checkpoint_is_not_restored_onto_a_mesh_that_cannot_hold_it(alone: Path) -> None:
+    """It is refused before anything is read or written."""
+    before = sorted(path.name for path in alone.rglob("*"))
+    with pytest.raises(UserError, match=r"heads=2 is not divisible by MeshConfig.tensor=4; change one of them"):
+        run(alone, tiny_config(MeshConfig(tensor=4)))
+    assert sorted(path.name for path in alone.rglob("*")) == before
 
 
 def started(folder: Path, count: int, devices: int, **settings: Any) -> list[subprocess.Popen]:
