@@ -43,7 +43,7 @@ def main() -> None:
                     f"{name}, {form}: {figures['program_bytes']} bytes in the program, {figures['formula_bytes']} by the formula"
                 )
     result = {
-        "command": "python -m benchmarks.recomputation",
+        "command": "python -m benchmarks.recomputation" + (" --compile" if given.compile else ""),
         "versions": {"python": platform.python_version(), "jax": jax.__version__},
         "settings": {"tensor": 8, "dtype": "bfloat16", "seq_len": 2048, "vocab": 51200},
         "models": models,

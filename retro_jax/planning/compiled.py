@@ -131,6 +131,8 @@ def _cuda_without_gpu() -> Iterator[None]:
         xla_bridge.canonicalize_platform = known
 
 
+# Lines of XLA's text: a computation's first; an exchange, with the shapes of what it gives before its name; the computations that
+# a line calls; how often a loop runs; an array's type; groups of devices in either notation.
 _COMPUTATION = re.compile(r"^(ENTRY )?%([\w.\-]+) \(.*\{$")
 _EXCHANGE = re.compile(rf" = (.*?) ({'|'.join(OPERATIONS)})(-start)?\(")
 _CALLED = re.compile(r"\b(?:body|calls|branch_computations|true_computation|false_computation)=\{?((?:%[\w.\-]+(?:, )?)+)\}?")

@@ -35,7 +35,8 @@ OUTSIDE = "outside"
 
 @dataclass(eq=False)
 class _Buffer:
-    """Bytes that are held from the operation ``first`` to ``last``."""
+    """Bytes that are held from the operation ``first`` to ``last``. ``in_place``: they may take another buffer's place.
+    ``readers``: what is computed from them element by element, by where and how many bytes."""
 
     size: int
     first: int
@@ -47,7 +48,9 @@ class _Buffer:
 
 @dataclass(eq=False)
 class _Value:
-    """An array of the program: its bytes on a device, what kinds of arguments it depends on, and what holds it."""
+    """An array of the program: its bytes on a device, the kinds of arguments that it depends on, and the buffers that hold it or
+    what it is computed from. ``written``: something reads it from memory. ``placed``: it is a result that is written where it
+    belongs and read by nothing else. ``source``: what it is a view of."""
 
     size: int
     of: frozenset[str] = frozenset()
@@ -59,6 +62,8 @@ class _Value:
 
 @dataclass(eq=False)
 class _Operation:
+    """One equation, of the backward pass or not; ``inside`` a ``shard_map``, where shapes are those of one device."""
+
     name: str
     inputs: list[_Value]
     outputs: list[_Value]

@@ -69,8 +69,9 @@ def test_xla_adds_no_exchange(name: str, golden: Callable[[str, str], None]) -> 
     for (operation, axes), (arrays, size) in real.items():
         expected = planned[operation, axes]
         if operation == "all_reduce":
-            # Arrays that are summed over the same axes are joined and padded to whole blocks; the loss may be summed first.
-            assert arrays <= expected[0] and size <= 1.001 * expected[1] + 1024, axes
+            # Arrays that are summed over the same axes are joined and padded to whole blocks, and the loss may be summed first.
+            # The optimizer beside sums the squares of all gradients: measured 15 KB.
+            assert arrays <= expected[0] and size <= 1.001 * expected[1] + 2**14, axes
         else:
             assert 0.9 * expected[0] <= arrays <= expected[0] and 0.9 * expected[1] <= size <= expected[1], (operation, axes)
     golden(f"compiled/{name}.json", json.dumps(summary(step), indent=1) + "\n")
