@@ -98,7 +98,7 @@ def compiled_collectives(text: str, mesh: MeshConfig) -> list[Collective]:
         ValueError: a loop around an exchange runs an unknown number of times.
     """
     computations, entry = _computations(text)
-    return list(_exchanges(computations, entry, 1, None, _places(mesh)))
+    return list(_exchanges(computations, entry, 1, None, mesh))
 
 
 def described_mesh(config: MeshConfig, target: Target) -> Mesh:
@@ -132,16 +132,15 @@ def _cuda_without_gpu() -> Iterator[None]:
 
 
 # Lines of XLA's text: a computation's first; an exchange, with the shapes of what it gives before its name; the computations that
-# a line calls; how often a loop runs; an array's type; groups of devices in either notation.
+# a line calls; how often a loop runs; an array's type; groups of devices in three notations.
 _COMPUTATION = re.compile(r"^(ENTRY )?%([\w.\-]+) \(.*\{$")
 _EXCHANGE = re.compile(rf" = (.*?) ({'|'.join(OPERATIONS)})(-start)?\(")
 _CALLED = re.compile(r"\b(?:body|calls|branch_computations|true_computation|false_computation)=\{?((?:%[\w.\-]+(?:, )?)+)\}?")
 _TIMES = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 _IOTA = re.compile(r"(?:replica_groups|collective_device_list)=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
+_NAMED = re.compile(r"replica_groups=mesh\[[^\]]*\] \{([^}]*)\}")
 _GROUP = re.compile(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}")
-
-Places = dict[int, tuple[int, ...]]
 
 
 def _computations(text: str) -> tuple[dict[str, list[str]], str]:
@@ -159,11 +158,11 @@ def _computations(text: str) -> tuple[dict[str, list[str]], str]:
 
 
 def _exchanges(
-    computations: dict[str, list[str]], name: str, times: int, scan: str | None, places: Places
+    computations: dict[str, list[str]], name: str, times: int, scan: str | None, mesh: MeshConfig
 ) -> Iterator[Collective]:
     for line in computations[name]:
         if found := _EXCHANGE.search(line):
-            yield from _exchange(found, line, times, scan, places)
+            yield from _exchange(found, line, times, scan, mesh)
             continue
         inner_times, inner_scan = times, scan
         called = [each.strip(" %") for names in _CALLED.findall(line) for each in names.split(",") if each.strip()]
@@ -171,27 +170,36 @@ def _exchanges(
             # An autodiff transpose is the backward pass.
             inner_scan = BACKWARD if "transpose(" in line else FORWARD
             known = _TIMES.search(line)
-            if known is None and any(True for each in called for _ in _exchanges(computations, each, 1, None, places)):
+            if known is None and any(True for each in called for _ in _exchanges(computations, each, 1, None, mesh)):
                 raise ValueError(f"the loop {called} exchanges something and runs an unknown number of times")
             inner_times = times * int(known[1]) if known else 0
         for each in called:
-            yield from _exchanges(computations, each, inner_times, inner_scan, places)
+            yield from _exchanges(computations, each, inner_times, inner_scan, mesh)
 
 
-def _exchange(found: re.Match[str], line: str, times: int, scan: str | None, places: Places) -> Iterator[Collective]:
-    group = _first_group(line, len(places))
-    axes = tuple(axis for axis, *at in zip(AXES, *(places[device] for device in group), strict=True) if len(set(at)) > 1)
+def _exchange(found: re.Match[str], line: str, times: int, scan: str | None, mesh: MeshConfig) -> Iterator[Collective]:
+    axes = _axes(line, mesh)
+    devices = prod(getattr(mesh, axis) for axis in axes)
     operation, started = OPERATIONS[found[2]], found[3] is not None
     arrays = [prod(int(size) for size in sizes.split(",") if size) * BYTES[kind] for kind, sizes in _ARRAY.findall(found[1])]
-    if started and operation != "all_reduce":
+    if found[1].startswith("((") or (started and operation != "all_reduce"):
         arrays = arrays[: len(arrays) // 2]  # what is given stands before what is received
     elif operation == "all_gather":
-        arrays = [size // len(group) for size in arrays]
+        arrays = [size // devices for size in arrays]
     elif operation == "reduce_scatter":
-        arrays = [size * len(group) for size in arrays]
+        arrays = [size * devices for size in arrays]
     for given in arrays:
-        received = received_bytes(operation, given, len(group))
+        received = received_bytes(operation, given, devices)
         yield Collective(operation=operation, axes=axes, received=received, times=times, scan=scan)
+
+
+def _axes(line: str, mesh: MeshConfig) -> tuple[str, ...]:
+    """Along which axes the devices lie that exchange something with each other."""
+    if named := _NAMED.search(line):
+        return tuple(axis for axis in AXES if f"'{axis}'" in named[1] and getattr(mesh, axis) > 1)
+    shape = tuple(getattr(mesh, axis) for axis in AXES)
+    places = zip(*(np.unravel_index(device, shape) for device in _first_group(line, mesh.devices)), strict=True)
+    return tuple(axis for axis, at in zip(AXES, places, strict=True) if len(set(at)) > 1)
 
 
 def _first_group(line: str, devices: int) -> list[int]:
@@ -202,8 +210,3 @@ def _first_group(line: str, devices: int) -> list[int]:
         return list(numbers.transpose(order).reshape(shape)[0]) if order else list(numbers.reshape(shape)[0])
     listed = _GROUP.search(line)
     return [int(device) for device in listed[1].split(",")] if listed else list(range(devices))
-
-
-def _places(mesh: MeshConfig) -> Places:
-    shape = tuple(getattr(mesh, axis) for axis in AXES)
-    return {device: tuple(int(at) for at in np.unravel_index(device, shape)) for device in range(mesh.devices)}

@@ -187,7 +187,7 @@ def _allocate(operation: _Operation, place: int, buffers: list[_Buffer]) -> None
         place = _together(held, place, operation.outputs[0].size)
     for buffer in held:
         buffer.last = max(buffer.last, place)
-    carried = operation.equation.params["num_carry"] if name == "scan" else 0
+    carried = _carried(operation.equation) if name == "scan" else 0
     for number, result in enumerate(operation.outputs):
         size = 0 if result.placed and computed else result.size
         result.buffers = [_Buffer(size, place, place, in_place=computed or name == "psum" or number < carried)]
@@ -205,16 +205,20 @@ def _together(held: list[_Buffer], place: int, size: int) -> int:
 
 def _scan_peak(operation: _Operation) -> Counter[str]:
     """What one run of a loop's body holds beside what the loop was given and gives."""
-    params = operation.equation.params
-    body: Jaxpr = params["jaxpr"].jaxpr
-    outer = params["num_consts"] + params["num_carry"]
-    arguments = [
-        _Value(
-            _bytes(var.aval, inside=operation.inside), value.of, [_Buffer(value.size, 0, 0, OUTSIDE)] if number < outer else []
-        )
-        for number, (var, value) in enumerate(zip(body.invars, operation.inputs, strict=True))
-    ]
-    return _peak(body, arguments, inside=operation.inside, backward=operation.backward, results=params["num_carry"])
+    body: Jaxpr = operation.equation.params["jaxpr"].jaxpr
+    arguments = []
+    for var, given, value in zip(body.invars, operation.equation.invars, operation.inputs, strict=True):
+        is_stack = given.aval.ndim > var.aval.ndim  # type: ignore[attr-defined]  # of which a slice is read
+        buffers = [] if is_stack else [_Buffer(value.size, 0, 0, OUTSIDE)]
+        arguments.append(_Value(_bytes(var.aval, inside=operation.inside), value.of, buffers))
+    carried = _carried(operation.equation)
+    return _peak(body, arguments, inside=operation.inside, backward=operation.backward, results=carried)
+
+
+def _carried(scan: JaxprEqn) -> int:
+    """How many of a loop's results are carried; the others are stacks, of a dim more than in its body."""
+    results = zip(scan.params["jaxpr"].jaxpr.outvars, scan.outvars, strict=True)
+    return sum(inner.aval.ndim == outer.aval.ndim for inner, outer in results)  # type: ignore[attr-defined]
 
 
 def _name_kinds(buffers: list[_Buffer], operations: list[_Operation], gradients: list[_Value], end: int) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import jax
 import pytest
 
 from retro_jax.cli import main
@@ -74,7 +75,7 @@ def test_xla_adds_no_exchange(name: str, golden: Callable[[str, str], None]) -> 
             assert arrays <= expected[0] and size <= 1.001 * expected[1] + 2**14, axes
         else:
             assert 0.9 * expected[0] <= arrays <= expected[0] and 0.9 * expected[1] <= size <= expected[1], (operation, axes)
-    golden(f"compiled/{name}.json", json.dumps(summary(step), indent=1) + "\n")
+    golden(f"compiled/jax_{jax.__version__}/{name}.json", json.dumps(summary(step), indent=1) + "\n")
 
 
 def summary(step: CompiledStep) -> list[list]:
@@ -150,6 +151,7 @@ HloModule step, is_scheduled=true
 ENTRY %main (p0: bf16[2,4]) -> bf16[2,4] {
   %loop = (s32[], bf16[2,4]{1,0}) while(%init), condition=%cond, body=%body, metadata={op_name="jit(f)/transpose(jvp())/while"}, backend_config={"known_trip_count":{"n":"5"}}
   %sum = f32[6]{0} all-reduce(%g), replica_groups=[4,2]<=[2,4]T(1,0), to_apply=%add
+  %named = ((f32[6]{0}, f32[2]{0}), (f32[6]{0}, f32[2]{0})) all-reduce-start(%g, %k), replica_groups=mesh['data'=2,'fsdp'=1,'sequence'=1,'tensor'=4] {'data'}, to_apply=%add
   %next = (bf16[2,4]{1,0}, bf16[2,4]{1,0}) collective-permute-start(%h), source_target_pairs={{0,1},{1,2},{2,3}}
 }
 """  # noqa: E501
@@ -163,6 +165,8 @@ def test_exchanges_are_read_from_the_programs_text() -> None:
         ("all_gather", ("tensor",), 3 * 3 * 4, 5, BACKWARD),
         ("reduce_scatter", ("tensor",), 3 * 2 * 4 * 2, 5, BACKWARD),
         ("all_reduce", ("data",), 6 * 4, 1, None),
+        ("all_reduce", ("data",), 6 * 4, 1, None),
+        ("all_reduce", ("data",), 2 * 4, 1, None),
         ("ppermute", ("tensor",), 2 * 4 * 2, 1, None),
     ]
 
