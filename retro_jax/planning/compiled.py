@@ -139,7 +139,7 @@ _CALLED = re.compile(r"\b(?:body|calls|branch_computations|true_computation|fals
 _TIMES = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _ARRAY = re.compile(r"\b([a-z]+\d*)\[([\d,]*)\]")
 _IOTA = re.compile(r"(?:replica_groups|collective_device_list)=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?")
-_NAMED = re.compile(r"replica_groups=mesh\[[^\]]*\] \{([^}]*)\}")
+_NAMED = re.compile(r"replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}")
 _GROUP = re.compile(r"(?:replica_groups|source_target_pairs)=\{\{([\d,]+)\}")
 
 
@@ -195,8 +195,6 @@ def _exchange(found: re.Match[str], line: str, times: int, scan: str | None, mes
 
 def _axes(line: str, mesh: MeshConfig) -> tuple[str, ...]:
     """Along which axes the devices lie that exchange something with each other."""
-    if named := _NAMED.search(line):
-        return tuple(axis for axis in AXES if f"'{axis}'" in named[1] and getattr(mesh, axis) > 1)
     shape = tuple(getattr(mesh, axis) for axis in AXES)
     places = zip(*(np.unravel_index(device, shape) for device in _first_group(line, mesh.devices)), strict=True)
     return tuple(axis for axis, at in zip(AXES, places, strict=True) if len(set(at)) > 1)
@@ -204,6 +202,10 @@ def _axes(line: str, mesh: MeshConfig) -> tuple[str, ...]:
 
 def _first_group(line: str, devices: int) -> list[int]:
     """The devices of the first group that exchange something with each other."""
+    if named := _NAMED.search(line):
+        sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", named[1])}
+        numbers = np.arange(devices).reshape(list(sizes.values()))
+        return list(numbers[tuple(slice(None) if f"'{name}'" in named[2] else 0 for name in sizes)].ravel())
     if iota := _IOTA.search(line):
         shape, reshaped, order = ([int(n) for n in part.split(",")] if part else None for part in iota.groups())
         numbers = np.arange(devices).reshape(reshaped)

@@ -152,6 +152,7 @@ ENTRY %main (p0: bf16[2,4]) -> bf16[2,4] {
   %loop = (s32[], bf16[2,4]{1,0}) while(%init), condition=%cond, body=%body, metadata={op_name="jit(f)/transpose(jvp())/while"}, backend_config={"known_trip_count":{"n":"5"}}
   %sum = f32[6]{0} all-reduce(%g), replica_groups=[4,2]<=[2,4]T(1,0), to_apply=%add
   %named = ((f32[6]{0}, f32[2]{0}), (f32[6]{0}, f32[2]{0})) all-reduce-start(%g, %k), replica_groups=mesh['data'=2,'fsdp'=1,'sequence'=1,'tensor'=4] {'data'}, to_apply=%add
+  %merged = f32[6]{0} all-reduce(%g), replica_groups=mesh['axis_0'=8,'axis_1'=1] {'axis_0'}, to_apply=%add
   %next = (bf16[2,4]{1,0}, bf16[2,4]{1,0}) collective-permute-start(%h), source_target_pairs={{0,1},{1,2},{2,3}}
 }
 """  # noqa: E501
@@ -167,6 +168,7 @@ def test_exchanges_are_read_from_the_programs_text() -> None:
         ("all_reduce", ("data",), 6 * 4, 1, None),
         ("all_reduce", ("data",), 6 * 4, 1, None),
         ("all_reduce", ("data",), 2 * 4, 1, None),
+        ("all_reduce", ("data", "tensor"), 2 * 7 * 6 * 4 // 8, 1, None),
         ("ppermute", ("tensor",), 2 * 4 * 2, 1, None),
     ]
 
