@@ -55,12 +55,14 @@ def test_a_run_goes_on_on_other_meshes(alone: Path, tmp_path: Path) -> None:
     assert_same_losses(tmp_path, alone)
 
 
-def test_a_checkpoint_is_not_restored_onto_a_mesh_that_cannot_hold_it(alone: Path) -> None:
-    """It is refused before anything is read or written."""
-    before = sorted(path.name for path in alone.rglob("*"))
+def test_a_checkpoint_is_not_restored_onto_a_mesh_that_cannot_hold_it(alone: Path, tmp_path: Path) -> None:
+    """It is refused before anything is written."""
+    folder = shutil.copytree(alone, tmp_path / "run")
+    shutil.rmtree(folder / "checkpoints" / "12")
+    before = sorted(folder.rglob("*"))
     with pytest.raises(UserError, match=r"heads=2 is not divisible by MeshConfig.tensor=4; change one of them"):
-        run(alone, tiny_config(MeshConfig(tensor=4)))
-    assert sorted(path.name for path in alone.rglob("*")) == before
+        run(folder, tiny_config(MeshConfig(tensor=4)))
+    assert sorted(folder.rglob("*")) == before
 
 
 def started(folder: Path, count: int, devices: int, **settings: Any) -> list[subprocess.Popen]:
