@@ -69,7 +69,7 @@ def compile_step(config: Config, model: ModelConfig, target: Target) -> Compiled
         UserError: the CUDA extra is not installed, or the mesh does not divide the model.
     """
     if not can_compile():
-        raise UserError("compiling for GPUs needs JAX's CUDA libraries (no GPU): pip install 'retro-jax[cuda]'")
+        raise UserError("compiling for GPUs needs JAX's CUDA libraries (no GPU): pip install -e '.[cuda]'")
     layout = Layout(config.mesh, described_mesh(config.mesh, target))
     step, arguments = traceable_step(config, model, layout)
     start = time.monotonic()

@@ -122,7 +122,7 @@ def test_the_command_shows_both(tmp_path: Path, capsys: pytest.CaptureFixture[st
 @pytest.mark.skipif(can_compile(), reason="there is a compiler for GPUs here")
 def test_without_the_extra_it_says_what_to_install(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", "--config", "quickstart", "--compile"]) == 2
-    assert "pip install 'retro-jax[cuda]'" in capsys.readouterr().err
+    assert "pip install -e '.[cuda]'" in capsys.readouterr().err
 
 
 @cuda
