@@ -7,6 +7,7 @@ from typing import Literal
 import jax
 
 from retro_jax.kernels.attention import reference, xla
+from retro_jax.kernels.attention.masks import Mask
 from retro_jax.kernels.choice import choose
 from retro_jax.kernels.dropout import kept_weights
 
@@ -18,7 +19,7 @@ def attention(
     q_XQNH: jax.Array,
     k_XSGH: jax.Array,
     v_XSGH: jax.Array,
-    mask_XQS: jax.Array | None = None,
+    mask: Mask | None = None,
     null_logit_N: jax.Array | None = None,
     *,
     dropout: float = 0.0,
@@ -32,7 +33,7 @@ def attention(
     Args:
         q_XQNH: queries, Q a problem, N heads.
         k_XSGH, v_XSGH: keys and values, S a problem, G heads; N is a multiple of G (grouped-query attention).
-        mask_XQS: bool, True where a query may see a key; its query axis may be 1; None: all may.
+        mask: which keys a query sees; None: all.
         null_logit_N: a learned logit a head for attending to nothing (a key whose value is zero).
         dropout, dropout_key: dropout on the attention weights; the key is needed when the share is above 0.
         query_numbers_XQN: uint32, each query's number in the whole batch, which says what is dropped for it; None: its place.
@@ -40,7 +41,7 @@ def attention(
         implementation: a name runs or raises; None takes "xla".
 
     Returns:
-        [X, Q, N, H] in q's dtype. A query that may see no key gets 0 and zero gradient.
+        [X, Q, N, H] in q's dtype. A query that sees no key gets 0 and zero gradient.
 
     Raises:
         ValueError: shapes that do not fit, or an implementation that there is not.
@@ -51,9 +52,9 @@ def attention(
             f"attention: q {q_XQNH.shape}, k {k_XSGH.shape}, v {v_XSGH.shape} do not fit "
             "[X,Q,N,H], [X,S,G,H], [X,S,G,H] with N a multiple of G"
         )
-    if mask_XQS is not None and mask_XQS.shape not in ((X, Q, S), (X, 1, S)):
-        raise ValueError(f"attention: mask {mask_XQS.shape} is neither {(X, Q, S)} nor {(X, 1, S)}")
+    if mask is not None:
+        mask.check(X, Q, S)
     keep_XQNS = kept_weights("attention", dropout, dropout_key, query_numbers_XQN, (X, Q, N), S)
     keep_XNQS = None if keep_XQNS is None else keep_XQNS.swapaxes(1, 2)
     run = choose("attention", IMPLEMENTATIONS, implementation)
-    return run(q_XQNH, k_XSGH, v_XSGH, mask_XQS, null_logit_N, dropout=dropout, keep_XNQS=keep_XNQS, name=name)
+    return run(q_XQNH, k_XSGH, v_XSGH, mask, null_logit_N, dropout=dropout, keep_XNQS=keep_XNQS, name=name)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from retro_jax.kernels.attention.masks import Mask
 from retro_jax.kernels.precision import accumulation_dtype
 
 
@@ -13,7 +14,7 @@ def attention(
     q_XQNH: jax.Array,
     k_XSGH: jax.Array,
     v_XSGH: jax.Array,
-    mask_XQS: jax.Array | None,
+    mask: Mask | None,
     null_logit_N: jax.Array | None,
     *,
     dropout: float = 0.0,
@@ -27,8 +28,7 @@ def attention(
     k = jnp.repeat(k_XSGH.astype(wide), N // G, axis=2)
     v = jnp.repeat(v_XSGH.astype(wide), N // G, axis=2)
     scores_XNQS = jnp.einsum("xqnh,xsnh->xnqs", q, k, precision="highest") / H**0.5
-    if mask_XQS is None:
-        mask_XQS = jnp.ones((1, 1, 1), bool)
+    mask_XQS = jnp.ones((1, 1, 1), bool) if mask is None else mask.dense()
     mask_XNQS = jnp.broadcast_to(mask_XQS[:, None], scores_XNQS.shape)
     scores_XNQS = jnp.where(mask_XNQS, scores_XNQS, -jnp.inf)
     peak = scores_XNQS.max(-1, keepdims=True)

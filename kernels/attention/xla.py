@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from retro_jax.kernels.attention.masks import Mask
 from retro_jax.kernels.precision import accumulation_dtype
 
 # Stands for -inf where a finite number keeps exp and differences free of NaN.
@@ -25,7 +26,7 @@ def attention(
     q_XQNH: jax.Array,
     k_XSGH: jax.Array,
     v_XSGH: jax.Array,
-    mask_XQS: jax.Array | None,
+    mask: Mask | None,
     null_logit_N: jax.Array | None,
     *,
     dropout: float = 0.0,
@@ -41,7 +42,7 @@ def attention(
     if null_logit_N is not None:
         null_GP = jnp.repeat(null_logit_N.reshape(G, N // G), Q, axis=1)
     keep_XGPS = None if keep_XNQS is None else keep_XNQS.reshape(X, G, N // G * Q, S)
-    o_XGPH = _attention(name, dropout, q_XGPH, k_XGSH, v_XGSH, mask_XQS, null_GP, keep_XGPS)
+    o_XGPH = _attention(name, dropout, q_XGPH, k_XGSH, v_XGSH, mask, null_GP, keep_XGPS)
     return o_XGPH.reshape(X, G, N // G, Q, H).transpose(0, 3, 1, 2, 4).reshape(X, Q, N, H)
 
 
@@ -52,12 +53,12 @@ def _attention(
     q_XGPH: jax.Array,
     k_XGSH: jax.Array,
     v_XGSH: jax.Array,
-    mask_XQS: jax.Array | None,
+    mask: Mask | None,
     null_GP: jax.Array | None,
     keep_XGPS: jax.Array | None,
 ) -> jax.Array:
     """P runs over the query heads of a group and the queries of a problem; ``keep_XGPS`` says which weights are not dropped."""
-    return _forward(dropout, q_XGPH, k_XGSH, v_XGSH, mask_XQS, null_GP, keep_XGPS)[0]
+    return _forward(dropout, q_XGPH, k_XGSH, v_XGSH, mask, null_GP, keep_XGPS)[0]
 
 
 def _product(dims: str, a: jax.Array, b: jax.Array) -> jax.Array:
@@ -84,13 +85,14 @@ def _product_of_columns(a_XGPS: jax.Array, b_XGPH: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(a_XGPS, b_XGPH, cpu=turned, default=plain)
 
 
-def _scores(q_XGPH: jax.Array, k_XGSH: jax.Array, mask_XQS: jax.Array | None) -> jax.Array:
+def _scores(q_XGPH: jax.Array, k_XGSH: jax.Array, mask: Mask | None) -> jax.Array:
     """Scaled, masked scores [X, G, P, S]."""
     scores = _product("xgph,xgsh->xgps", q_XGPH, k_XGSH)
     scores = scores * q_XGPH.shape[-1] ** -0.5
-    if mask_XQS is None:
+    if mask is None:
         return scores
     X, G, P, S = scores.shape
+    mask_XQS = mask.dense()
     Q = mask_XQS.shape[1]
     masked = jnp.where(mask_XQS[:, None, None], scores.reshape(X, G, P // Q, Q, S), LOWEST)
     return masked.reshape(X, G, P, S)
@@ -105,12 +107,12 @@ def _forward(
     q_XGPH: jax.Array,
     k_XGSH: jax.Array,
     v_XGSH: jax.Array,
-    mask_XQS: jax.Array | None,
+    mask: Mask | None,
     null_GP: jax.Array | None,
     keep_XGPS: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     """The output and the log-sum-exp of each query's scores."""
-    scores = _scores(q_XGPH, k_XGSH, mask_XQS)
+    scores = _scores(q_XGPH, k_XGSH, mask)
     peak = scores.max(-1, keepdims=True)
     if null_GP is not None:
         null = null_GP.astype(scores.dtype)[None, :, :, None]
@@ -126,10 +128,10 @@ def _forward(
     return o, lse
 
 
-def _attention_fwd(name, dropout, q_XGPH, k_XGSH, v_XGSH, mask_XQS, null_GP, keep_XGPS):  # type: ignore[no-untyped-def]
-    o, lse = _forward(dropout, q_XGPH, k_XGSH, v_XGSH, mask_XQS, null_GP, keep_XGPS)
+def _attention_fwd(name, dropout, q_XGPH, k_XGSH, v_XGSH, mask, null_GP, keep_XGPS):  # type: ignore[no-untyped-def]
+    o, lse = _forward(dropout, q_XGPH, k_XGSH, v_XGSH, mask, null_GP, keep_XGPS)
     o, lse = checkpoint_name(o, f"{name}_out"), checkpoint_name(lse, f"{name}_lse")
-    return o, (q_XGPH, k_XGSH, v_XGSH, mask_XQS, null_GP, keep_XGPS, o, lse)
+    return o, (q_XGPH, k_XGSH, v_XGSH, mask, null_GP, keep_XGPS, o, lse)
 
 
 def _attention_bwd(name, dropout, residuals, do_XGPH):  # type: ignore[no-untyped-def]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from retro_jax.kernels.attention import KeyMask
 from retro_jax.kernels.attention import reference as attention_reference
 
 
@@ -33,7 +34,7 @@ def chunked_cross_attention(
         q_BTNH.reshape(B * T, 1, N, H),
         k_BLSGH[rows_B1, read].reshape(B * T, S, G, H),
         v_BLSGH[rows_B1, read].reshape(B * T, S, G, H),
-        mask_BTS.reshape(B * T, 1, S),
+        KeyMask(mask_BTS.reshape(B * T, S)),
         null_logit_N,
         name="cca",
         dropout=dropout,

@@ -6,6 +6,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from retro_jax.kernels.attention import KeyMask
 from retro_jax.kernels.attention import xla as attention_xla
 
 
@@ -33,7 +34,7 @@ def chunked_cross_attention(
         readers.reshape(B * L, chunk_len, N, H),
         k_BLSGH.reshape(B * L, S, G, H),
         v_BLSGH.reshape(B * L, S, G, H),
-        key_mask_BLS.reshape(B * L, 1, S),
+        KeyMask(key_mask_BLS.reshape(B * L, S)),
         null_logit_N,
         name="cca",
         dropout=dropout,

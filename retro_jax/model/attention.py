@@ -11,7 +11,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from retro_jax.config import Activation, Implementation, ModelConfig, Positions, Recompute
-from retro_jax.kernels.attention import attention
+from retro_jax.kernels.attention import CausalMask, Mask, attention
 from retro_jax.model.layers import (
     Linear,
     Noise,
@@ -122,7 +122,7 @@ class SelfAttention(AttentionProjections):
     def __call__(
         self,
         x_XTD: jax.Array,
-        mask_XQS: jax.Array | None,
+        mask: Mask | None,
         positions_XT: jax.Array,
         noise: Noise | None,
         *,
@@ -132,7 +132,7 @@ class SelfAttention(AttentionProjections):
 
         Args:
             x_XTD: the normed stream, this device's share of the tokens.
-            mask_XQS: which of these rows' tokens may see which.
+            mask: which of these rows' tokens see which.
             positions_XT: of all tokens that the devices along ``tensor`` hold together.
             noise: for dropout.
             in_parts: the devices along ``sequence`` hold parts of the rows: keys and values of whole rows are gathered, and S
@@ -149,7 +149,7 @@ class SelfAttention(AttentionProjections):
         if in_parts:
             k_XTGH, v_XTGH = gather_row(k_XTGH), gather_row(v_XTGH)
         weights_noise, out_noise = parts(noise, 2)
-        o_XTNH = attend(q_XTNH, k_XTGH, v_XTGH, mask_XQS, shape, weights_noise)
+        o_XTNH = attend(q_XTNH, k_XTGH, v_XTGH, mask, shape, weights_noise)
         return dropout(project_out(o_XTNH, self.out, part), shape.dropout, out_noise)
 
 
@@ -160,7 +160,7 @@ class CrossAttention(AttentionProjections):
         super().__init__(shape, kv_width, key=key)
         self.shape, self.attention_dropout = shape, attention_dropout
 
-    def __call__(self, x_XQD: jax.Array, context_XSD: jax.Array, mask_XQS: jax.Array | None, noise: Noise | None) -> jax.Array:
+    def __call__(self, x_XQD: jax.Array, context_XSD: jax.Array, mask: Mask | None, noise: Noise | None) -> jax.Array:
         """What the tokens x read; ``context_XSD`` is whole, x this device's share of the tokens."""
         shape = dataclasses.replace(self.shape, attention_dropout=self.attention_dropout)
         part = shape.recompute.part("cross", alone=self.alone)
@@ -168,7 +168,7 @@ class CrossAttention(AttentionProjections):
         kv = gathered_again(self.project_keys_and_values, part.gathers_again)(context_XSD)
         q_XQNH, k_XSGH, v_XSGH = name_operands("cross", q_XQNH, kv[:, :, 0], kv[:, :, 1])
         weights_noise, out_noise = parts(noise, 2)
-        o = attend(q_XQNH, k_XSGH, v_XSGH, mask_XQS, shape, weights_noise, name="cross")
+        o = attend(q_XQNH, k_XSGH, v_XSGH, mask, shape, weights_noise, name="cross")
         return dropout(project_out(o, self.out, part), shape.dropout, out_noise)
 
 
@@ -204,7 +204,7 @@ def attend(
     q_XQNH: jax.Array,
     k_XSGH: jax.Array,
     v_XSGH: jax.Array,
-    mask_XQS: jax.Array | None,
+    mask: Mask | None,
     shape: BlockShape,
     noise: Noise | None,
     name: str = "attention",
@@ -214,7 +214,7 @@ def attend(
         q_XQNH,
         k_XSGH,
         v_XSGH,
-        mask_XQS,
+        mask,
         dropout=0.0 if noise is None else shape.attention_dropout,
         dropout_key=None if noise is None else noise.key,
         query_numbers_XQN=None if noise is None else noise.queries(q_XQNH.shape[2], shape.num_heads),
@@ -223,14 +223,10 @@ def attend(
     )
 
 
-def causal_mask(segments_BT: jax.Array) -> jax.Array:
-    """bool [B, T, S]: a token sees itself and what came before it in its document; padding sees and shows nothing.
+def causal_mask(segments_BT: jax.Array) -> CausalMask:
+    """A token sees itself and what came before it in its document; padding, of segment 0, sees and shows nothing.
 
-    S counts the tokens of the whole row, of which the devices along ``sequence`` have T each.
+    Keys are the tokens of the whole row, of which the devices along ``sequence`` have T each.
     """
-    T = segments_BT.shape[1]
-    whole_BS = gather_row(segments_BT)
-    place_T = axis_index(SEQUENCE) * T + jnp.arange(T, dtype=jnp.int32)
-    causal_TS = place_T[:, None] >= jnp.arange(whole_BS.shape[1], dtype=jnp.int32)[None, :]
-    same = (segments_BT[:, :, None] == whole_BS[:, None, :]) & (segments_BT > 0)[:, :, None]
-    return causal_TS[None] & same
+    parts, T = axis_size(SEQUENCE), segments_BT.shape[1]
+    return CausalMask(segments_BT, gather_row(segments_BT), axis_index(SEQUENCE) * jnp.int32(T) if parts > 1 else None)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from retro_jax.config import Activation, Recompute
+from retro_jax.kernels.attention import KeyMask, Mask
 from retro_jax.kernels.precision import accumulation_dtype
 from retro_jax.model.attention import BlockShape, FeedForward, SelfAttention
 from retro_jax.model.layers import Embedding, Linear, NormLayer, normal
@@ -66,8 +67,8 @@ class BertLayer(nnx.Module):
         self.ffn = FeedForward(shape.block, key=keys[2])
         self.norm_ffn = NormLayer("layernorm", shape.width, shape.norm_eps, key=keys[3])
 
-    def __call__(self, x_BTD: jax.Array, mask_B1T: jax.Array, positions_1T: jax.Array) -> jax.Array:
-        x_BTD = self.norm_attention(x_BTD + self.attention(x_BTD, mask_B1T, positions_1T, None))
+    def __call__(self, x_BTD: jax.Array, mask: Mask, positions_1T: jax.Array) -> jax.Array:
+        x_BTD = self.norm_attention(x_BTD + self.attention(x_BTD, mask, positions_1T, None))
         return self.norm_ffn(x_BTD + self.ffn(x_BTD, None))
 
 
@@ -97,7 +98,7 @@ class BertEncoder(nnx.Module):
         x_BTD = self.embedding(tokens_BT) + self.position(positions_1T) + self.token_type(types_BT)
         x_BTD = self.norm_embedding(x_BTD)
         for layer in self.layers:
-            x_BTD = layer(x_BTD, mask_BT[:, None, :], positions_1T)
+            x_BTD = layer(x_BTD, KeyMask(mask_BT), positions_1T)
         return x_BTD
 
     def pooled(self, x_BTD: jax.Array) -> jax.Array:

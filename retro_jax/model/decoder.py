@@ -10,6 +10,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from retro_jax.config import ModelConfig
+from retro_jax.kernels.attention import CausalMask
 from retro_jax.model.attention import BlockShape, FeedForward, SelfAttention
 from retro_jax.model.cca import ChunkedCrossAttention, Neighbours
 from retro_jax.model.encoder import encoder_shape
@@ -20,7 +21,7 @@ from retro_jax.parallel.recompute import recomputed
 class Row(NamedTuple):
     """What every decoder layer reads beside the residual stream: who sees whom, positions, and the rows' places in the batch."""
 
-    mask_BTS: jax.Array
+    mask: CausalMask
     positions_BT: jax.Array
     numbers_B: jax.Array
 
@@ -41,7 +42,7 @@ class DecoderLayer(nnx.Module):
 
     def attend(self, x_BTD: jax.Array, row: Row, noise: Noise | None) -> jax.Array:
         """The residual stream after self-attention."""
-        read = self.attention(self.norm_attention(x_BTD), row.mask_BTS, row.positions_BT, noise, in_parts=True)
+        read = self.attention(self.norm_attention(x_BTD), row.mask, row.positions_BT, noise, in_parts=True)
         return checkpoint_name(x_BTD + read, "after_attention")
 
     def finish(self, x_BTD: jax.Array, neighbours: Neighbours | None, noises: list[Noise | None]) -> jax.Array:

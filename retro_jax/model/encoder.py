@@ -10,6 +10,7 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from retro_jax.config import EncoderConfig, ModelConfig
+from retro_jax.kernels.attention import KeyMask, Mask
 from retro_jax.model.attention import BlockShape, CrossAttention, FeedForward, SelfAttention
 from retro_jax.model.layers import Embedding, Noise, NormLayer, dropout, normal, parts
 from retro_jax.parallel.recompute import recomputed
@@ -55,14 +56,14 @@ class EncoderLayer(nnx.Module):
     def __call__(
         self,
         e_XRD: jax.Array,
-        mask_X1R: jax.Array | None,
+        mask: Mask | None,
         positions_1R: jax.Array,
         chunks_YCD: jax.Array | None,
-        chunk_mask_Y1C: jax.Array | None,
+        chunk_mask: Mask | None,
         noise: Noise | None,
     ) -> jax.Array:
         noises = parts(noise, 3)
-        e_XRD = e_XRD + self.attention(self.norm_attention(e_XRD), mask_X1R, positions_1R, noises[0])
+        e_XRD = e_XRD + self.attention(self.norm_attention(e_XRD), mask, positions_1R, noises[0])
         e_XRD = checkpoint_name(e_XRD, "after_attention")
         if self.cross is not None and self.norm_cross is not None:
             assert chunks_YCD is not None
@@ -71,7 +72,7 @@ class EncoderLayer(nnx.Module):
             y_XRD = self.norm_cross(e_XRD)
             # The K neighbours of a chunk share its states: their tokens are the queries of one problem.
             y_YQD = y_XRD.reshape(Y, X // Y * R, D)
-            read = self.cross(y_YQD, chunks_YCD, chunk_mask_Y1C, _of_chunks(noises[1], Y))
+            read = self.cross(y_YQD, chunks_YCD, chunk_mask, _of_chunks(noises[1], Y))
             e_XRD = (y_XRD if self.cross_residual == "normed" else e_XRD) + read.reshape(X, R, D)
             e_XRD = checkpoint_name(e_XRD, "after_cca")
         return e_XRD + self.ffn(self.norm_ffn(e_XRD), noises[2])
@@ -141,9 +142,9 @@ class NeighbourEncoder(nnx.Module):
             e = e + self.position(positions_1R, share=None if alone else -1)
         e = dropout(e, self.config.dropout, noises[0])
         masked = self.config.padding == "masked"
-        mask = mask_BLKR.reshape(B * L * K, 1, R) if masked else None
+        mask = KeyMask(mask_BLKR.reshape(B * L * K, R)) if masked else None
         chunks = None if chunks_BLCD is None else chunks_BLCD.reshape(B * L, *chunks_BLCD.shape[2:])
-        chunk_mask = chunk_mask_BLC.reshape(B * L, 1, -1) if masked else None
+        chunk_mask = KeyMask(chunk_mask_BLC.reshape(B * L, -1)) if masked else None
         for layer, own in zip(self.layers, noises[1:], strict=True):
             if alone:
                 layer = nnx.merge(*nnx.split(layer))

@@ -11,23 +11,28 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retro_jax.kernels.attention import attention
+from retro_jax.kernels.attention import CausalMask, KeyMask, Mask, attention
 from tests.kernels.tolerance import assert_as_good_as, widened
 
 NAMES = ("q", "k", "v", "null")
 
 
 def problem(seed: int, X: int, Q: int, S: int, N: int, G: int, H: int, *, mask: str, null: bool, dtype=np.float32) -> tuple:
-    """q, k, v, null logit, mask and a cotangent of the output. Row 0 sees no key at all where there is a mask."""
+    """q, k, v, null logit, mask and a cotangent of the output. Query 0 of problem 0 sees no key where there is a mask."""
     random = np.random.default_rng(seed)
     q, k, v, do = (random.standard_normal(shape) for shape in ((X, Q, N, H), (X, S, G, H), (X, S, G, H), (X, Q, N, H)))
     logit = random.standard_normal(N) if null else None
-    mask_XQS = None
-    if mask != "none":
-        mask_XQS = random.random((X, Q if mask == "query" else 1, S)) < 0.6
-        mask_XQS[0, 0] = False
+    who: Mask | None = None
+    if mask == "key":
+        valid_XS = random.random((X, S)) < 0.6
+        valid_XS[0] = False
+        who = KeyMask(valid_XS)
+    if mask == "causal":
+        segments_XQ, key_segments_XS = (np.sort(random.integers(0, 3, (X, count)), axis=1) for count in (Q, S))
+        segments_XQ[0, 0] = 0
+        who = CausalMask(segments_XQ.astype(np.int32), key_segments_XS.astype(np.int32), np.int32(max(0, S - Q)))
     arrays = tuple(None if a is None else jnp.asarray(a, dtype) for a in (q, k, v, logit))
-    return arrays, mask_XQS, jnp.asarray(do, dtype)
+    return arrays, who, jnp.asarray(do, dtype)
 
 
 def value_and_gradients(arrays, mask, do, implementation, *, dropout=0.0, dropout_key=None):
@@ -47,19 +52,19 @@ def _value_and_gradients(arrays, mask, do, key, implementation, dropout):
     ("groups", "mask", "null", "sizes"),
     [
         (4, "none", False, (7, 5)),
-        (2, "query", True, (7, 5)),
+        (2, "causal", True, (7, 5)),
         (1, "key", True, (7, 5)),
         (2, "key", False, (7, 5)),
-        (4, "query", False, (7, 5)),
+        (4, "causal", False, (7, 5)),
         (1, "none", True, (7, 5)),
-        (2, "query", True, (100, 90)),  # 2 heads a group: 200 x 90 weights, from TURNED_FROM on
+        (2, "causal", True, (100, 90)),  # 2 heads a group: 200 x 90 weights, from TURNED_FROM on
     ],
 )
 def test_xla_is_the_reference_in_float64(groups, mask, null, sizes):
     with jax.enable_x64(True):
-        arrays, mask_XQS, do = problem(0, 3, *sizes, 4, groups, 6, mask=mask, null=null, dtype=np.float64)
-        o, gradients = value_and_gradients(arrays, mask_XQS, do, "xla")
-        o_reference, gradients_reference = value_and_gradients(arrays, mask_XQS, do, "reference")
+        arrays, who, do = problem(0, 3, *sizes, 4, groups, 6, mask=mask, null=null, dtype=np.float64)
+        o, gradients = value_and_gradients(arrays, who, do, "xla")
+        o_reference, gradients_reference = value_and_gradients(arrays, who, do, "reference")
         assert o.dtype == jnp.float64
         np.testing.assert_allclose(o, o_reference, atol=1e-13)  # measured 4e-16
         for name, ours, reference in zip(NAMES, gradients, gradients_reference, strict=True):
@@ -69,13 +74,13 @@ def test_xla_is_the_reference_in_float64(groups, mask, null, sizes):
 
 @given(
     X=st.integers(1, 3), Q=st.integers(1, 9), S=st.integers(1, 9), G=st.integers(1, 3), group=st.integers(1, 3),
-    H=st.integers(1, 5), mask=st.sampled_from(["none", "query", "key"]), null=st.booleans(), seed=st.integers(0, 2**16),
+    H=st.integers(1, 5), mask=st.sampled_from(["none", "causal", "key"]), null=st.booleans(), seed=st.integers(0, 2**16),
 )  # fmt: skip
 @settings(max_examples=3, deadline=None)
 def test_xla_is_the_reference_for_every_shape(X, Q, S, G, group, H, mask, null, seed):
-    arrays, mask_XQS, do = problem(seed, X, Q, S, G * group, G, H, mask=mask, null=null)
-    o, gradients = value_and_gradients(arrays, mask_XQS, do, "xla")
-    o_reference, gradients_reference = value_and_gradients(arrays, mask_XQS, do, "reference")
+    arrays, who, do = problem(seed, X, Q, S, G * group, G, H, mask=mask, null=null)
+    o, gradients = value_and_gradients(arrays, who, do, "xla")
+    o_reference, gradients_reference = value_and_gradients(arrays, who, do, "reference")
     np.testing.assert_allclose(o, o_reference, atol=2e-6)
     for name, ours, reference in zip(NAMES, gradients, gradients_reference, strict=True):
         if reference is not None:
@@ -86,7 +91,7 @@ def test_xla_is_the_reference_for_every_shape(X, Q, S, G, group, H, mask, null, 
 @pytest.mark.parametrize("null", [False, True])
 def test_error_is_within_that_of_the_same_dtype(dtype, null):
     """At most 2 x (forward) and 3 x (backward) the error of a plain computation in the dtype itself."""
-    arrays, mask, do = problem(1, 4, 64, 96, 4, 2, 32, mask="query", null=null, dtype=dtype)
+    arrays, mask, do = problem(1, 4, 64, 96, 4, 2, 32, mask="causal", null=null, dtype=dtype)
     ours = value_and_gradients(arrays, mask, do, "xla")
     assert ours[0].dtype == dtype
     with jax.enable_x64(True):
@@ -109,20 +114,21 @@ def plain_attention(q, k, v, mask, null):
     """Attention as one would write it, every step in the inputs' dtype."""
     k, v = (jnp.repeat(a, q.shape[2] // k.shape[2], axis=2) for a in (k, v))
     scores = jnp.einsum("xqnh,xsnh->xnqs", q, k) * jnp.asarray(q.shape[-1] ** -0.5, q.dtype)
-    scores = jnp.where(mask[:, None], scores, jnp.asarray(-1e30, q.dtype))
+    scores = jnp.where(mask.dense()[:, None], scores, jnp.asarray(-1e30, q.dtype))
     column = jnp.full((*scores.shape[:-1], 1), -1e30, q.dtype)
     if null is not None:
         column = jnp.broadcast_to(null[None, :, None, None], column.shape)
     weights = jax.nn.softmax(jnp.concatenate([scores, column], -1), axis=-1)[..., :-1]
-    weights = jnp.where(mask[:, None], weights, jnp.zeros_like(weights))
+    weights = jnp.where(mask.dense()[:, None], weights, jnp.zeros_like(weights))
     return jnp.einsum("xnqs,xsnh->xqnh", weights, v)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
 @pytest.mark.parametrize("null", [False, True])
 def test_a_query_that_sees_nothing_gets_exactly_zero_and_gives_no_gradient(implementation, null):
-    arrays, mask, do = problem(2, 3, 4, 5, 4, 2, 6, mask="query", null=null)
-    mask[1] = False  # a whole problem without a key
+    arrays, mask, do = problem(2, 3, 4, 5, 4, 2, 6, mask="causal", null=null)
+    mask.segments_XQ[0], mask.key_segments_XS[0] = (0, 1, 1, 2), (1, 1, 1, 2, 2)
+    mask.segments_XQ[1] = 0  # a whole problem without a key
     o, (dq, dk, dv, dnull) = value_and_gradients(arrays, mask, do, implementation)
     assert not np.any(o[0, 0]) and not np.any(o[1])
     assert not np.any(dq[0, 0]) and not np.any(dq[1]) and not np.any(dk[1]) and not np.any(dv[1])
@@ -135,7 +141,7 @@ def test_a_query_that_sees_nothing_gets_exactly_zero_and_gives_no_gradient(imple
 def test_masked_keys_do_not_matter_at_all(implementation):
     (q, k, v, null), mask, do = problem(3, 2, 4, 5, 2, 2, 6, mask="key", null=True)
     o, (_, dk, dv, _) = value_and_gradients((q, k, v, null), mask, do, implementation)
-    hidden = ~mask[:, 0]
+    hidden = ~mask.valid_XS
     assert not np.any(np.asarray(dk)[hidden]) and not np.any(np.asarray(dv)[hidden])
     k, v = (
         jnp.asarray(np.where(hidden[..., None, None], wrong, a)) for a, wrong in ((k, np.float32(1e4)), (v, np.float32(-1e4)))
@@ -159,13 +165,13 @@ def test_null_logit_is_a_key_of_its_own_with_value_zero(implementation):
 
 
 def test_scores_of_any_size_are_safe():
-    (q, k, v, null), mask, do = problem(5, 2, 4, 5, 2, 2, 6, mask="query", null=True)
+    (q, k, v, null), mask, do = problem(5, 2, 4, 5, 2, 2, 6, mask="causal", null=True)
     o, gradients = value_and_gradients((q * 1e4, k * 1e4, v, null), mask, do, "xla")
     assert np.isfinite(o).all() and all(np.isfinite(g).all() for g in gradients)
 
 
 def test_dropout_is_the_same_in_both():
-    arrays, mask, do = problem(6, 2, 6, 9, 4, 2, 8, mask="query", null=True)
+    arrays, mask, do = problem(6, 2, 6, 9, 4, 2, 8, mask="causal", null=True)
     keywords = {"dropout": 0.3, "dropout_key": jax.random.key(0)}
     o, gradients = value_and_gradients(arrays, mask, do, "xla", **keywords)
     o_reference, gradients_reference = value_and_gradients(arrays, mask, do, "reference", **keywords)
@@ -190,8 +196,10 @@ def test_what_does_not_fit_is_named():
         attention(q, k[..., :5], v)
     with pytest.raises(ValueError, match="N a multiple of G"):
         attention(q[:, :, :3], k, v)
-    with pytest.raises(ValueError, match=r"mask \(2, 3, 5\) is neither"):
-        attention(q, k, v, np.ones((2, 3, 5), bool))
+    with pytest.raises(ValueError, match=r"mask \(2, 4\) is not \[X, S\] = \(2, 5\)"):
+        attention(q, k, v, KeyMask(np.ones((2, 4), bool)))
+    with pytest.raises(ValueError, match=r"segments \(2, 5\) and \(2, 5\) are not \[X, Q\] = \(2, 4\)"):
+        attention(q, k, v, CausalMask(np.ones((2, 5), np.int32), np.ones((2, 5), np.int32)))
     with pytest.raises(ValueError, match=r"dropout=0.1 needs a dropout_key"):
         attention(q, k, v, dropout=0.1)
     with pytest.raises(ValueError, match="implementation='flash' is not known; choose one of reference, xla"):
