@@ -121,27 +121,25 @@ def test_a_retro_goes_on_with_its_gate(tmp_path: Path) -> None:
 
 def test_training_of_the_retrieval_alone(tmp_path: Path) -> None:
     """From a run's last checkpoint; what is frozen stays bit-equal and has no moments, what is new learns."""
-    config = tiny_config(steps=4)
+    config = tiny_config(steps=2)
     plain = dataclasses.replace(config.model, retro=None)
     run(tmp_path / "gpt", dataclasses.replace(config, model=plain), model=plain)
     start = str(tmp_path / "gpt")
-    assert run(tmp_path / "retro", tiny_config(steps=4, start_from=start, trained="retrieval")) == 4
+    assert run(tmp_path / "retro", tiny_config(steps=2, start_from=start, trained="retrieval")) == 2
     before, after = (weights(tmp_path / name) for name in ("gpt", "retro"))
     assert all(np.array_equal(after[path], values) for path, values in before.items())
     moved = {path for path, values in after.items() if path not in before and np.any(values)}
     assert {part for path in moved for part in path} >= RETRIEVAL_PARTS
     assert any(path[-2:] == ("out", "weight") for path in moved)
     shutil.rmtree(tmp_path / "gpt")  # a run that has begun needs its start no more
-    longer = tiny_config(steps=6, start_from=start, trained="retrieval")
+    longer = tiny_config(steps=3, start_from=start, trained="retrieval")
     check_run(longer, workdir_of(tmp_path))
-    assert run(tmp_path / "retro", longer) == 2
+    assert run(tmp_path / "retro", longer) == 1
 
 
-def test_one_checkpoint_of_a_run(tmp_path: Path) -> None:
-    config = tiny_config(steps=8)
-    run(tmp_path / "retro", config)
-    _, state = started(config.model, str(tmp_path / "retro" / "checkpoints" / "4"))
-    expected = weights(tmp_path / "retro", 4)
+def test_one_checkpoint_of_a_run(whole_run: Path) -> None:
+    _, state = started(tiny_config().model, str(whole_run / "checkpoints" / "4"))
+    expected = weights(whole_run, 4)
     assert all(np.array_equal(values, expected[path]) for path, values in by_path(state.params).items())
 
 
