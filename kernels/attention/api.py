@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from importlib import import_module
+from typing import Any, Literal
 
 import jax
 
-from retro_jax.kernels.attention import reference, xla
-from retro_jax.kernels.attention.masks import Mask
-from retro_jax.kernels.choice import choose
+from retro_jax.kernels.attention import cudnn, reference, xla
+from retro_jax.kernels.attention.masks import CausalMask, Mask
+from retro_jax.kernels.choice import Implementation, choose
 from retro_jax.kernels.dropout import kept_weights
+from retro_jax.kernels.precision import check_operands
+from retro_jax.kernels.triton_call import refuses
 
-Implementation = Literal["reference", "xla"]
-IMPLEMENTATIONS = {"reference": reference.attention, "xla": xla.attention}
+Name = Literal["reference", "xla", "triton", "cudnn"]
+
+
+def _triton(*arguments: Any, **keywords: Any) -> jax.Array:
+    return import_module("retro_jax.kernels.attention.triton").attention(*arguments, **keywords)
+
+
+def _triton_refuses(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: Mask | None, null_logit: jax.Array | None, *, dropout: float, **_: Any
+) -> str | None:
+    if isinstance(mask, CausalMask) and (dropout or null_logit is not None):
+        return "dropout of weights and a null logit are not in its causal kernels"
+    return refuses(q, k, v)
+
+
+IMPLEMENTATIONS = {
+    "reference": Implementation(reference.attention),
+    "xla": Implementation(xla.attention),
+    "triton": Implementation(_triton, _triton_refuses),
+    "cudnn": Implementation(cudnn.attention, cudnn.refuses),
+}
+# cuDNN is told of segments by a mask that grows with the square of the length.
+ON_GPU = ("triton", "cudnn", "xla")
 
 
 def attention(
@@ -26,7 +50,7 @@ def attention(
     dropout_key: jax.Array | None = None,
     query_numbers_XQN: jax.Array | None = None,
     name: str = "attention",
-    implementation: Implementation | None = None,
+    implementation: Name | None = None,
 ) -> jax.Array:
     """softmax(q k^T / sqrt(H) + mask) v for each of X independent problems; accumulation is float32.
 
@@ -38,7 +62,7 @@ def attention(
         dropout, dropout_key: dropout on the attention weights; the key is needed when the share is above 0.
         query_numbers_XQN: uint32, each query's number in the whole batch, which says what is dropped for it; None: its place.
         name: of what is saved for the backward pass, ``<name>_out`` and ``<name>_lse`` to ``jax.checkpoint``.
-        implementation: a name runs or raises; None takes "xla".
+        implementation: a name runs or raises; None takes "xla", and on a GPU the first of ON_GPU that takes the call.
 
     Returns:
         [X, Q, N, H] in q's dtype. A query that sees no key gets 0 and zero gradient.
@@ -52,9 +76,11 @@ def attention(
             f"attention: q {q_XQNH.shape}, k {k_XSGH.shape}, v {v_XSGH.shape} do not fit "
             "[X,Q,N,H], [X,S,G,H], [X,S,G,H] with N a multiple of G"
         )
+    check_operands("attention", q_XQNH, k_XSGH, v_XSGH)
     if mask is not None:
         mask.check(X, Q, S)
     keep_XQNS = kept_weights("attention", dropout, dropout_key, query_numbers_XQN, (X, Q, N), S)
     keep_XNQS = None if keep_XQNS is None else keep_XQNS.swapaxes(1, 2)
-    run = choose("attention", IMPLEMENTATIONS, implementation)
-    return run(q_XQNH, k_XSGH, v_XSGH, mask, null_logit_N, dropout=dropout, keep_XNQS=keep_XNQS, name=name)
+    operands = (q_XQNH, k_XSGH, v_XSGH, mask, null_logit_N)
+    run = choose("attention", IMPLEMENTATIONS, implementation, *operands, on_gpu=ON_GPU, dropout=dropout)
+    return run(*operands, dropout=dropout, keep_XNQS=keep_XNQS, name=name)

@@ -24,10 +24,11 @@ class KeyMask(NamedTuple):
 
 
 class CausalMask(NamedTuple):
-    """A query sees the keys of its own segment up to its own place; segment 0 is padding, which sees and shows nothing.
+    """A token sees the keys of its own segment up to its own place; segment 0 is padding, which sees and shows nothing.
 
-    ``segments_XQ`` of the queries and ``key_segments_XS`` of the keys are int32; key s stands at place s. ``first``, an int32
-    scalar, is the place of the first query: where a row is divided, and where keys are cached; None: 0.
+    ``key_segments_XS``, int32, are those of a row's tokens, whose segments lie together; the queries are the row's tokens from
+    place ``first`` on, with ``segments_XQ``. ``first`` is an int32 scalar, for rows that are divided and keys that are cached;
+    None: 0.
     """
 
     segments_XQ: jax.Array

@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from importlib import import_module
+from typing import Any, Literal
 
 import jax
 
-from retro_jax.kernels.choice import choose
+from retro_jax.kernels.choice import Implementation, choose
 from retro_jax.kernels.chunked_cross_attention import reference, xla
 from retro_jax.kernels.dropout import kept_weights
+from retro_jax.kernels.precision import check_operands
+from retro_jax.kernels.triton_call import refuses
 
-Implementation = Literal["reference", "xla"]
-IMPLEMENTATIONS = {"reference": reference.chunked_cross_attention, "xla": xla.chunked_cross_attention}
+Name = Literal["reference", "xla", "triton"]
+
+
+def _triton(*arguments: Any, **keywords: Any) -> jax.Array:
+    return import_module("retro_jax.kernels.chunked_cross_attention.triton").chunked_cross_attention(*arguments, **keywords)
+
+
+IMPLEMENTATIONS = {
+    "reference": Implementation(reference.chunked_cross_attention),
+    "xla": Implementation(xla.chunked_cross_attention),
+    "triton": Implementation(_triton, refuses),
+}
+ON_GPU = ("triton", "xla")
 
 
 def chunked_cross_attention(
@@ -26,7 +40,7 @@ def chunked_cross_attention(
     dropout: float = 0.0,
     dropout_key: jax.Array | None = None,
     query_numbers_BTN: jax.Array | None = None,
-    implementation: Implementation | None = None,
+    implementation: Name | None = None,
 ) -> jax.Array:
     """Attention of each token to the neighbours of the chunk that ended last at or before it (RETRO, section 2.4).
 
@@ -43,7 +57,7 @@ def chunked_cross_attention(
             just before the row's first token: it is the last chunk of the row's part on another device.
         dropout, dropout_key: dropout on the attention weights.
         query_numbers_BTN: uint32, each query's number in the whole batch, which says what is dropped for it; None: its place.
-        implementation: a name runs or raises; None takes "xla".
+        implementation: a name runs or raises; None takes "xla", and on a GPU the first of ON_GPU that takes the call.
 
     Returns:
         [B, T, N, H] in q's dtype; 0 with zero gradient for a token that reads no chunk, or a chunk without a valid key.
@@ -57,12 +71,13 @@ def chunked_cross_attention(
             f"chunked_cross_attention: q {q_BTNH.shape}, k {k_BLSGH.shape}, v {v_BLSGH.shape}, mask {key_mask_BLS.shape} "
             "do not fit [B,T,N,H], [B,L,S,G,H], [B,L,S], N % G == 0"
         )
+    check_operands("chunked_cross_attention", q_BTNH, k_BLSGH, v_BLSGH)
     if first_chunk_len is None:
         if T != L * chunk_len:
             raise ValueError(f"chunked_cross_attention: {T} tokens are not {L} chunks of {chunk_len}; give first_chunk_len")
         first_chunk_len = chunk_len
     keep_BTNS = kept_weights("chunked_cross_attention", dropout, dropout_key, query_numbers_BTN, (B, T, N), S)
-    run = choose("chunked_cross_attention", IMPLEMENTATIONS, implementation)
+    run = choose("chunked_cross_attention", IMPLEMENTATIONS, implementation, q_BTNH, k_BLSGH, v_BLSGH, on_gpu=ON_GPU)
     return run(
         q_BTNH,
         k_BLSGH,

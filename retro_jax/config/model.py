@@ -12,7 +12,7 @@ from retro_jax.config.recompute import RecomputePolicy, check_recompute
 Norm = Literal["layernorm", "layernorm1p", "rmsnorm"]
 Positions = Literal["rotary", "learned", "none"]
 Activation = Literal["gelu", "gelu_tanh", "relu", "squared_relu", "swiglu"]
-Implementation = Literal["reference", "xla"]
+Implementation = Literal["reference", "xla", "triton"]
 
 
 @dataclass(frozen=True, kw_only=True)

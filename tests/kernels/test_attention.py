@@ -28,9 +28,10 @@ def problem(seed: int, X: int, Q: int, S: int, N: int, G: int, H: int, *, mask: 
         valid_XS[0] = False
         who = KeyMask(valid_XS)
     if mask == "causal":
-        segments_XQ, key_segments_XS = (np.sort(random.integers(0, 3, (X, count)), axis=1) for count in (Q, S))
-        segments_XQ[0, 0] = 0
-        who = CausalMask(segments_XQ.astype(np.int32), key_segments_XS.astype(np.int32), np.int32(max(0, S - Q)))
+        first, end = max(0, S - Q), max(Q, S)
+        segments = np.sort(random.integers(0, 3, (X, end)), axis=1).astype(np.int32)
+        segments[0, : first + 1] = 0
+        who = CausalMask(segments[:, first : first + Q], segments[:, :S], np.int32(first))
     arrays = tuple(None if a is None else jnp.asarray(a, dtype) for a in (q, k, v, logit))
     return arrays, who, jnp.asarray(do, dtype)
 
@@ -127,7 +128,7 @@ def plain_attention(q, k, v, mask, null):
 @pytest.mark.parametrize("null", [False, True])
 def test_a_query_that_sees_nothing_gets_exactly_zero_and_gives_no_gradient(implementation, null):
     arrays, mask, do = problem(2, 3, 4, 5, 4, 2, 6, mask="causal", null=null)
-    mask.segments_XQ[0], mask.key_segments_XS[0] = (0, 1, 1, 2), (1, 1, 1, 2, 2)
+    mask.segments_XQ[0], mask.key_segments_XS[0] = (0, 1, 1, 2), (1, 0, 1, 1, 2)
     mask.segments_XQ[1] = 0  # a whole problem without a key
     o, (dq, dk, dv, dnull) = value_and_gradients(arrays, mask, do, implementation)
     assert not np.any(o[0, 0]) and not np.any(o[1])
@@ -202,5 +203,5 @@ def test_what_does_not_fit_is_named():
         attention(q, k, v, CausalMask(np.ones((2, 5), np.int32), np.ones((2, 5), np.int32)))
     with pytest.raises(ValueError, match=r"dropout=0.1 needs a dropout_key"):
         attention(q, k, v, dropout=0.1)
-    with pytest.raises(ValueError, match="implementation='flash' is not known; choose one of reference, xla"):
+    with pytest.raises(ValueError, match="implementation='flash' is not known; choose one of reference, xla, triton, cudnn"):
         attention(q, k, v, implementation="flash")
