@@ -38,9 +38,10 @@ def runs_on_gpu() -> bool:
     return _lowered_for.get() is not None or jax.default_backend() == "gpu"
 
 
-def gpu_capability() -> int | None:
-    """The compute capability that :func:`lowering_for_gpu` names; None: that of this process's GPU."""
-    return _lowered_for.get()
+def gpu_capability() -> int:
+    """The compute capability of the GPU that what is traced now will run on: 80 for A100, 90 for H100."""
+    named = _lowered_for.get()
+    return named or int(jax.devices()[0].compute_capability.replace(".", ""))
 
 
 def choose(

@@ -48,8 +48,8 @@ def call(
     """Launch a kernel.
 
     Args:
-        kernel: a ``triton.jit`` function whose parameters are the inputs, the outputs, and constants.
-        aliases: numbers of inputs, and of the outputs that are written over them; such an output has the input's parameter.
+        kernel: a ``triton.jit`` function whose parameters are the inputs, all outputs, and constants by name.
+        aliases: from an input's number to that of the output which takes its memory.
         grid: programs along each dim.
     """
     import jax_triton

@@ -37,10 +37,10 @@ def query_blocks(queries: int, keys: int, width: int, dtype: Any, *, backward: b
     """For a program that holds a tile of queries."""
     heavy = jnp.dtype(dtype).itemsize * width > 256
     rows = 32 if heavy else 64 if backward else 128
-    return Blocks(at_most(queries, rows), at_most(keys, 32 if heavy else 64), 4 if width <= 64 else 8, 2)
+    return Blocks(at_most(queries, rows), at_most(keys, 32 if heavy else 64), 4 if width <= 64 and backward else 8, 2)
 
 
 def key_gradient_blocks(queries: int, keys: int, width: int, dtype: Any) -> Blocks:
     """For a program that holds a tile of keys."""
     heavy = jnp.dtype(dtype).itemsize * width > 256
-    return Blocks(at_most(queries, 32 if heavy else 64), at_most(keys, 32 if heavy else 128), 8, 1 if heavy else 2)
+    return Blocks(at_most(queries, 64 if width <= 64 else 32), at_most(keys, 32 if heavy else 64), 4 if width <= 64 else 8, 2)

@@ -158,16 +158,17 @@ def _settings(q: jax.Array, k: jax.Array, blocks: Blocks) -> dict[str, Any]:
 
 @triton.jit
 def _load(ptr, start, index, count, step, h, H: tl.constexpr):
-    """Vectors ``index`` of one head, zeros beyond ``count``; ``step`` numbers lie between two."""
-    at = start + index.to(tl.int64)[:, None] * step + h[None, :]
-    return tl.load(ptr + at, mask=(index < count)[:, None] & (h < H)[None, :], other=0.0)
+    """Vectors ``index`` of one head, zeros beyond ``count``; ``step`` numbers lie between two. What is
+    added to ``start`` counts in 32 bits."""
+    at = index[:, None] * step + h[None, :]
+    return tl.load(ptr + start + at, mask=(index < count)[:, None] & (h < H)[None, :], other=0.0)
 
 
 @triton.jit
 def _store(ptr, values, start, index, count, step, h, H: tl.constexpr):
     """The inverse of :func:`_load`."""
-    at = start + index.to(tl.int64)[:, None] * step + h[None, :]
-    tl.store(ptr + at, values.to(ptr.dtype.element_ty), mask=(index < count)[:, None] & (h < H)[None, :])
+    at = index[:, None] * step + h[None, :]
+    tl.store(ptr + start + at, values.to(ptr.dtype.element_ty), mask=(index < count)[:, None] & (h < H)[None, :])
 
 
 @triton.jit

@@ -50,16 +50,29 @@ class Blocks(NamedTuple):
 
 
 def forward_blocks(queries: int, keys: int, width: int, dtype: Any) -> Blocks:
-    """For so many queries a program could take (those of a chunk, of all heads of a group), keys, and head width."""
-    wide = jnp.dtype(dtype).itemsize * width > 256
-    rows = at_most(queries, 64)
-    return Blocks(rows, at_most(keys, 64 if wide else 256), 4 if rows * min(keys, 256) <= 64 * 128 else 8)
+    """For so many queries a program could take (those of a chunk, of all heads of a group), keys, and head width.
+
+    Two programs share a multiprocessor, so that one loads while the other computes; one that held 256 keys would fill it.
+    """
+    heavy = jnp.dtype(dtype).itemsize * width > 256
+    if heavy or (keys > 128 and width > 64):
+        return Blocks(at_most(queries, 64), at_most(keys, 64), 4, 1 if heavy else 2)
+    return Blocks(at_most(queries, 64), at_most(keys, 128), 4)
 
 
-def backward_blocks(queries: int, keys: int, width: int, dtype: Any) -> Blocks:
-    """As :func:`forward_blocks`."""
-    wide = jnp.dtype(dtype).itemsize * width > 256
-    return Blocks(at_most(queries, 32 if wide else 64), at_most(keys, 64 if wide else 256), 8)
+def backward_blocks(queries: int, keys: int, width: int, dtype: Any, capability: int) -> Blocks:
+    """As :func:`forward_blocks`, with gradients that stay in registers.
+
+    A chunk's queries in one tile: keys in tiles of 64, the next loaded meanwhile. More queries than that: keys in one tile if
+    128 hold them, so that one kernel does. An A100, without products from shared memory, needs registers for their operands.
+    """
+    heavy, hopper = jnp.dtype(dtype).itemsize * width > 256, capability >= 90
+    if heavy:
+        return Blocks(at_most(queries, 32), at_most(keys, 32), 8)
+    if queries <= 64:
+        return Blocks(at_most(queries, 64), at_most(keys, 64 if hopper or width <= 64 else 32), 8, 2)
+    whole = 64 < keys <= 128
+    return Blocks(16 if whole and not hopper else 32, 128 if whole else at_most(keys, 64), 8)
 
 
 def at_most(count: int, limit: int) -> int:

@@ -31,6 +31,7 @@ import triton
 import triton.language as tl
 from jax.ad_checkpoint import checkpoint_name
 
+from retro_jax.kernels.choice import gpu_capability
 from retro_jax.kernels.chunked_cross_attention.shapes import Blocks, backward_blocks, forward_blocks
 from retro_jax.kernels.triton_call import call, folds_batch
 
@@ -118,18 +119,19 @@ def _launch_backward(how, q, k, v, mask, first, null, keep, o, lse, do):
     launch = partial(
         call,
         num_warps=blocks.warps,
-        num_stages=blocks.stages,
         **_constants(how, q, k, mask, null, keep, blocks),
     )
-    results = launch(_backward_kernel, *operands, outputs=(like_q, like_k, like_v, like_null), grid=(B * L, G))
+    outputs = (like_q, like_k, like_v, like_null)
+    results = launch(_backward_kernel, *operands, outputs=outputs, grid=(B * L, G), num_stages=blocks.stages)
     if blocks.keys >= S or query_tiles == 1:
         return results
-    dq, dnull = launch(_query_gradient_kernel, *operands, outputs=(like_q, like_null), grid=(B * L, G, query_tiles))
+    grid = (B * L, G, query_tiles)
+    dq, dnull = launch(_query_gradient_kernel, *operands, outputs=(like_q, like_null), grid=grid, num_stages=2)
     return dq, results[1], results[2], dnull
 
 
 def _backward_blocks(how: Call, q: jax.Array, k: jax.Array) -> Blocks:
-    return backward_blocks(how.chunk_len * (q.shape[2] // k.shape[3]), *k.shape[2::2], q.dtype)
+    return backward_blocks(how.chunk_len * (q.shape[2] // k.shape[3]), *k.shape[2::2], q.dtype, gpu_capability())
 
 
 def _or(array: jax.Array | None, other: jax.Array) -> jax.Array:
@@ -154,48 +156,51 @@ def _constants(how, q, k, mask, null, keep, blocks) -> dict[str, Any]:
 
 
 @triton.jit
-def _queries(i, l, first, T, C, GROUP, BLOCK_M: tl.constexpr):
-    """Of tile i: each query's token in the row, its head in the group, and whether there is such a query."""
+def _queries(i, l, first, T, C, N, GROUP, BLOCK_M: tl.constexpr):
+    """Of tile i: each query's place among the row's queries of head 0 of the group, its head in the group, and whether there is
+    such a query."""
     m = i * BLOCK_M + tl.arange(0, BLOCK_M)
     token = m // GROUP
     t = l * C + first - 1 + token
-    return t, m % GROUP, (token < C) & (t >= 0) & (t < T)
+    return t * N + m % GROUP, m % GROUP, (token < C) & (t >= 0) & (t < T)
 
 
 @triton.jit
-def _zeros(ptr, b, g, start, end, N, GROUP, WIDTH, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr):
-    """Zero [b, start:end, heads of g, :WIDTH]."""
+def _zeros(ptr, start, end, N, GROUP, WIDTH, BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr):
+    """Zero the vectors of tokens start to end, of the heads of a group."""
     w = tl.arange(0, BLOCK_W)
     m = start * GROUP + tl.arange(0, BLOCK_M)
     while tl.min(m, 0) < end * GROUP:
-        row = (b * N + (m // GROUP).to(tl.int64) * N) + g * GROUP + m % GROUP
-        at = ptr + row[:, None] * WIDTH + w[None, :]
-        tl.store(at, tl.zeros((BLOCK_M, BLOCK_W), ptr.dtype.element_ty), mask=(m < end * GROUP)[:, None] & (w < WIDTH)[None, :])
+        at = ((m // GROUP) * N + m % GROUP)[:, None] * WIDTH + w[None, :]
+        inside = (m < end * GROUP)[:, None] & (w < WIDTH)[None, :]
+        tl.store(ptr + at, tl.zeros((BLOCK_M, BLOCK_W), ptr.dtype.element_ty), mask=inside)
         m += BLOCK_M
 
 
 @triton.jit
 def _zero_unread(
-    ptr, b_T, g, l, first,
+    ptr, l, first,
     T: tl.constexpr, L: tl.constexpr, C: tl.constexpr, N: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_W: tl.constexpr,
 ):  # fmt: skip
-    """Zero the tokens before those that read chunk 0, and after those that read the last; ``b_T`` is b * T."""
+    """Zero the tokens before those that read chunk 0, and after those that read the last."""
     if l == 0:
-        _zeros(ptr, b_T, g, 0, tl.minimum(first - 1, T), N, GROUP, WIDTH, BLOCK_M, BLOCK_W)
+        _zeros(ptr, 0, tl.minimum(first - 1, T), N, GROUP, WIDTH, BLOCK_M, BLOCK_W)
     if l == L - 1:
-        _zeros(ptr, b_T, g, L * C + first - 1, T, N, GROUP, WIDTH, BLOCK_M, BLOCK_W)
+        _zeros(ptr, L * C + first - 1, T, N, GROUP, WIDTH, BLOCK_M, BLOCK_W)
 
 
 @triton.jit
-def _load_keys(k_ptr, v_ptr, valid_ptr, chunk, g, j, h, S: tl.constexpr, G: tl.constexpr, H: tl.constexpr,
-               HAS_MASK: tl.constexpr, BLOCK_S: tl.constexpr):  # fmt: skip
-    """Of tile j: which keys are valid, their places in memory, keys and values; zeros where a key is not valid."""
+def _load_keys(
+    k_ptr, v_ptr, valid_ptr, j, h,
+    S: tl.constexpr, G: tl.constexpr, H: tl.constexpr, HAS_MASK: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """Of tile j: keys' numbers, which are valid, their places, keys and values; zeros where a key is not valid."""
     s = j * BLOCK_S + tl.arange(0, BLOCK_S)
     seen = s < S
     if HAS_MASK:
-        seen = seen & (tl.load(valid_ptr + chunk * S + s, mask=seen, other=0) != 0)
-    at = ((chunk * S + s) * G + g)[:, None] * H + h[None, :]
+        seen = seen & (tl.load(valid_ptr + s, mask=seen, other=0) != 0)
+    at = s[:, None] * (G * H) + h[None, :]
     valid = seen[:, None] & (h < H)[None, :]
     return s, seen, at, tl.load(k_ptr + at, mask=valid, other=0.0), tl.load(v_ptr + at, mask=valid, other=0.0)
 
@@ -203,7 +208,7 @@ def _load_keys(k_ptr, v_ptr, valid_ptr, chunk, g, j, h, S: tl.constexpr, G: tl.c
 @triton.jit
 def _kept(keep_ptr, row, s, there, S: tl.constexpr):
     """Which weights dropout keeps."""
-    at = row[:, None] * S + s[None, :]
+    at = row.to(tl.int64)[:, None] * S + s[None, :]
     return tl.load(keep_ptr + at, mask=there[:, None] & (s < S)[None, :], other=0) != 0
 
 
@@ -220,12 +225,12 @@ def _forward_kernel(
     chunk = tl.program_id(0).to(tl.int64)
     g, i = tl.program_id(1), tl.program_id(2)
     b, l = chunk // L, (chunk % L).to(tl.int32)
+    at_row, at_key = b * T * N + g * GROUP, (chunk * S * G + g) * H  # what is added to them counts in 32 bits
     first = tl.load(first_ptr + b)
     h = tl.arange(0, BLOCK_H)
-    t, p, there = _queries(i, l, first, T, C, GROUP, BLOCK_M)
-    row = (b * T + t) * N + g * GROUP + p
+    row, p, there = _queries(i, l, first, T, C, N, GROUP, BLOCK_M)
     at_q, is_q = row[:, None] * H + h[None, :], there[:, None] & (h < H)[None, :]
-    q = tl.load(q_ptr + at_q, mask=is_q, other=0.0)
+    q = tl.load(q_ptr + at_row * H + at_q, mask=is_q, other=0.0)
 
     peak = tl.full((BLOCK_M,), LOWEST, tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
@@ -234,7 +239,9 @@ def _forward_kernel(
         total += 1.0
     o = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
     for j in range(0, TILES):
-        s, seen, _, k, v = _load_keys(k_ptr, v_ptr, valid_ptr, chunk, g, j, h, S, G, H, HAS_MASK, BLOCK_S)
+        s, seen, _, k, v = _load_keys(
+            k_ptr + at_key, v_ptr + at_key, valid_ptr + chunk * S, j, h, S, G, H, HAS_MASK, BLOCK_S
+        )  # fmt: skip
         scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * SCALE
         scores = tl.where(seen[None, :], scores, LOWEST)
         higher = tl.maximum(peak, tl.max(scores, 1))
@@ -245,41 +252,42 @@ def _forward_kernel(
             o *= tl.exp(peak - higher)[:, None]
         total += tl.sum(weights, 1)
         if HAS_KEEP:
-            weights = tl.where(_kept(keep_ptr, row, s, there, S), weights / KEPT, 0.0)
+            weights = tl.where(_kept(keep_ptr + at_row * S, row, s, there, S), weights / KEPT, 0.0)
         o += tl.dot(weights.to(v.dtype), v, input_precision=PRECISION)
         peak = higher
     dead = total == 0.0
     total = tl.where(dead, 1.0, total)
-    tl.store(o_ptr + at_q, (o / total[:, None]).to(o_ptr.dtype.element_ty), mask=is_q)
-    tl.store(lse_ptr + row, tl.where(dead, -LOWEST, peak + tl.log(total)), mask=there)
+    tl.store(o_ptr + at_row * H + at_q, (o / total[:, None]).to(o_ptr.dtype.element_ty), mask=is_q)
+    tl.store(lse_ptr + at_row + row, tl.where(dead, -LOWEST, peak + tl.log(total)), mask=there)
     if i == 0:
-        _zero_unread(o_ptr, b * T, g, l, first, T, L, C, N, GROUP, H, BLOCK_M, BLOCK_H)
-        _zero_unread(lse_ptr, b * T, g, l, first, T, L, C, N, GROUP, 1, BLOCK_M, 1)
+        _zero_unread(o_ptr + at_row * H, l, first, T, L, C, N, GROUP, H, BLOCK_M, BLOCK_H)
+        _zero_unread(lse_ptr + at_row, l, first, T, L, C, N, GROUP, 1, BLOCK_M, 1)
 
 
 @triton.jit
 def _load_queries(
-    q_ptr, do_ptr, o_ptr, lse_ptr, i, b, l, g, first, wanted, h,
+    q_ptr, do_ptr, o_ptr, lse_ptr, i, l, first, h,
     T: tl.constexpr, C: tl.constexpr, N: tl.constexpr, GROUP: tl.constexpr, H: tl.constexpr,
     HAS_O: tl.constexpr, BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Of tile i: places in memory, queries, dO, log-sum-exp and, with O, rowsum(O dO); zeros where they are not ``wanted``."""
-    t, p, there = _queries(i, l, first, T, C, GROUP, BLOCK_M)
-    row = (b * T + t) * N + g * GROUP + p
+    """Of tile i: places, which are there, queries, dO, log-sum-exp and, with O, rowsum(O dO)."""
+    row, _, there = _queries(i, l, first, T, C, N, GROUP, BLOCK_M)
     at, is_q = row[:, None] * H + h[None, :], there[:, None] & (h < H)[None, :]
-    q = tl.load(q_ptr + at, mask=is_q & wanted, other=0.0)
-    do = tl.load(do_ptr + at, mask=is_q & wanted, other=0.0)
+    q = tl.load(q_ptr + at, mask=is_q, other=0.0)
+    do = tl.load(do_ptr + at, mask=is_q, other=0.0)
     lse = tl.load(lse_ptr + row, mask=there, other=-LOWEST)
     delta = tl.zeros((BLOCK_M,), tl.float32)
     if HAS_O:
-        o = tl.load(o_ptr + at, mask=is_q & wanted, other=0.0)
+        o = tl.load(o_ptr + at, mask=is_q, other=0.0)
         delta = tl.sum(o.to(tl.float32) * do.to(tl.float32), 1)
-    return row, p, there, at, is_q, q, do, lse, delta
+    return row, there, q, do, lse, delta
 
 
 @triton.jit
-def _weights(q, k, v, do, lse, seen, row, s, there, keep_ptr, SCALE: tl.constexpr, KEPT: tl.constexpr,
-             HAS_KEEP: tl.constexpr, PRECISION: tl.constexpr, S: tl.constexpr):  # fmt: skip
+def _weights(
+    q, k, v, do, lse, seen, row, s, there, keep_ptr,
+    SCALE: tl.constexpr, KEPT: tl.constexpr, HAS_KEEP: tl.constexpr, PRECISION: tl.constexpr, S: tl.constexpr,
+):  # fmt: skip
     """P, what dropout leaves of it, and dP."""
     scores = tl.dot(q, tl.trans(k), input_precision=PRECISION) * SCALE
     weights = tl.where(seen[None, :], tl.exp(scores - lse[:, None]), 0.0)
@@ -292,10 +300,18 @@ def _weights(q, k, v, do, lse, seen, row, s, there, keep_ptr, SCALE: tl.constexp
 
 
 @triton.jit
-def _null_gradient(dnull_ptr, null_ptr, lse, delta, row, at_null, there):
-    """dS of attending to nothing, whose value is zero."""
-    logit = tl.load(null_ptr + at_null).to(tl.float32)
-    tl.store(dnull_ptr + row, -tl.exp(logit - lse) * delta, mask=there)
+def _store_queries(
+    dq_ptr, dnull_ptr, null_ptr, dq, lse, delta, i, l, first, h,
+    T: tl.constexpr, C: tl.constexpr, N: tl.constexpr, GROUP: tl.constexpr, H: tl.constexpr,
+    HAS_NULL: tl.constexpr, BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """dQ of tile i, and dS of attending to nothing, whose value is zero."""
+    row, p, there = _queries(i, l, first, T, C, N, GROUP, BLOCK_M)
+    at = row[:, None] * H + h[None, :]
+    tl.store(dq_ptr + at, dq.to(dq_ptr.dtype.element_ty), mask=there[:, None] & (h < H)[None, :])
+    if HAS_NULL:
+        logit = tl.load(null_ptr + p).to(tl.float32)
+        tl.store(dnull_ptr + row, -tl.exp(logit - lse) * delta, mask=there)
 
 
 @triton.jit
@@ -310,23 +326,33 @@ def _backward_kernel(
     GROUP: tl.constexpr = N // G
     KEY_TILES: tl.constexpr = (S + BLOCK_S - 1) // BLOCK_S
     QUERY_TILES: tl.constexpr = (C * GROUP + BLOCK_M - 1) // BLOCK_M
+    HAS_O: tl.constexpr = KEY_TILES > 1
     chunk = tl.program_id(0).to(tl.int64)
     g = tl.program_id(1)
     b, l = chunk // L, (chunk % L).to(tl.int32)
+    at_row, at_key = b * T * N + g * GROUP, (chunk * S * G + g) * H
     first = tl.load(first_ptr + b)
     h = tl.arange(0, BLOCK_H)
+    q_ptr, do_ptr, o_ptr, lse_ptr = q_ptr + at_row * H, do_ptr + at_row * H, o_ptr + at_row * H, lse_ptr + at_row
+    dq_ptr, dnull_ptr, null_ptr = dq_ptr + at_row * H, dnull_ptr + at_row, null_ptr + b * N + g * GROUP
+    if QUERY_TILES == 1:
+        row, there, q, do, lse, delta = _load_queries(
+            q_ptr, do_ptr, o_ptr, lse_ptr, 0, l, first, h, T, C, N, GROUP, H, HAS_O, BLOCK_M
+        )
     dq = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
     for j in range(0, KEY_TILES):
-        s, seen, at_k, k, v = _load_keys(k_ptr, v_ptr, valid_ptr, chunk, g, j, h, S, G, H, HAS_MASK, BLOCK_S)
-        any_seen = tl.max(seen.to(tl.int32), 0) > 0
+        s, seen, at_k, k, v = _load_keys(
+            k_ptr + at_key, v_ptr + at_key, valid_ptr + chunk * S, j, h, S, G, H, HAS_MASK, BLOCK_S
+        )  # fmt: skip
         dk = tl.zeros((BLOCK_S, BLOCK_H), tl.float32)
         dv = tl.zeros((BLOCK_S, BLOCK_H), tl.float32)
         for i in range(0, QUERY_TILES):
-            row, p, there, at_q, is_q, q, do, lse, delta = _load_queries(
-                q_ptr, do_ptr, o_ptr, lse_ptr, i, b, l, g, first, any_seen, h, T, C, N, GROUP, H, KEY_TILES > 1, BLOCK_M
-            )
+            if QUERY_TILES > 1:
+                row, there, q, do, lse, delta = _load_queries(
+                    q_ptr, do_ptr, o_ptr, lse_ptr, i, l, first, h, T, C, N, GROUP, H, HAS_O, BLOCK_M
+                )
             weights, left, dweights = _weights(
-                q, k, v, do, lse, seen, row, s, there, keep_ptr, SCALE, KEPT, HAS_KEEP, PRECISION, S
+                q, k, v, do, lse, seen, row, s, there, keep_ptr + at_row * S, SCALE, KEPT, HAS_KEEP, PRECISION, S
             )
             if KEY_TILES == 1:
                 delta = tl.sum(weights * dweights, 1)
@@ -335,25 +361,18 @@ def _backward_kernel(
             dk += tl.dot(tl.trans(dscores), q, input_precision=PRECISION)
             if KEY_TILES == 1:
                 dq = tl.dot(dscores, k, input_precision=PRECISION)
-                tl.store(dq_ptr + at_q, dq.to(dq_ptr.dtype.element_ty), mask=is_q)
-                if HAS_NULL:
-                    _null_gradient(dnull_ptr, null_ptr, lse, delta, row, b * N + g * GROUP + p, there)
+                _store_queries(dq_ptr, dnull_ptr, null_ptr, dq, lse, delta, i, l, first, h, T, C, N, GROUP, H, HAS_NULL, BLOCK_M)
             elif QUERY_TILES == 1:
                 dq += tl.dot(dscores, k, input_precision=PRECISION)
         is_key = (s < S)[:, None] & (h < H)[None, :]
-        tl.store(dk_ptr + at_k, dk.to(dk_ptr.dtype.element_ty), mask=is_key)
-        tl.store(dv_ptr + at_k, dv.to(dv_ptr.dtype.element_ty), mask=is_key)
+        tl.store(dk_ptr + at_key + at_k, dk.to(dk_ptr.dtype.element_ty), mask=is_key)
+        tl.store(dv_ptr + at_key + at_k, dv.to(dv_ptr.dtype.element_ty), mask=is_key)
     if KEY_TILES > 1 and QUERY_TILES == 1:
-        row, p, there, at_q, is_q, _, _, lse, delta = _load_queries(
-            q_ptr, do_ptr, o_ptr, lse_ptr, 0, b, l, g, first, True, h, T, C, N, GROUP, H, HAS_NULL, BLOCK_M
-        )
-        tl.store(dq_ptr + at_q, dq.to(dq_ptr.dtype.element_ty), mask=is_q)
-        if HAS_NULL:
-            _null_gradient(dnull_ptr, null_ptr, lse, delta, row, b * N + g * GROUP + p, there)
+        _store_queries(dq_ptr, dnull_ptr, null_ptr, dq, lse, delta, 0, l, first, h, T, C, N, GROUP, H, HAS_NULL, BLOCK_M)
     if KEY_TILES == 1 or QUERY_TILES == 1:
-        _zero_unread(dq_ptr, b * T, g, l, first, T, L, C, N, GROUP, H, BLOCK_M, BLOCK_H)
+        _zero_unread(dq_ptr, l, first, T, L, C, N, GROUP, H, BLOCK_M, BLOCK_H)
         if HAS_NULL:
-            _zero_unread(dnull_ptr, b * T, g, l, first, T, L, C, N, GROUP, 1, BLOCK_M, 1)
+            _zero_unread(dnull_ptr, l, first, T, L, C, N, GROUP, 1, BLOCK_M, 1)
 
 
 @triton.jit
@@ -370,23 +389,26 @@ def _query_gradient_kernel(
     chunk = tl.program_id(0).to(tl.int64)
     g, i = tl.program_id(1), tl.program_id(2)
     b, l = chunk // L, (chunk % L).to(tl.int32)
+    at_row, at_key = b * T * N + g * GROUP, (chunk * S * G + g) * H
     first = tl.load(first_ptr + b)
     h = tl.arange(0, BLOCK_H)
-    row, p, there, at_q, is_q, q, do, lse, delta = _load_queries(
-        q_ptr, do_ptr, o_ptr, lse_ptr, i, b, l, g, first, True, h, T, C, N, GROUP, H, True, BLOCK_M
-    )
+    row, there, q, do, lse, delta = _load_queries(
+        q_ptr + at_row * H, do_ptr + at_row * H, o_ptr + at_row * H, lse_ptr + at_row,
+        i, l, first, h, T, C, N, GROUP, H, True, BLOCK_M,
+    )  # fmt: skip
     dq = tl.zeros((BLOCK_M, BLOCK_H), tl.float32)
     for j in range(0, TILES):
-        s, seen, _, k, v = _load_keys(k_ptr, v_ptr, valid_ptr, chunk, g, j, h, S, G, H, HAS_MASK, BLOCK_S)
+        s, seen, _, k, v = _load_keys(
+            k_ptr + at_key, v_ptr + at_key, valid_ptr + chunk * S, j, h, S, G, H, HAS_MASK, BLOCK_S
+        )  # fmt: skip
         weights, _, dweights = _weights(
-            q, k, v, do, lse, seen, row, s, there, keep_ptr, SCALE, KEPT, HAS_KEEP, PRECISION, S
+            q, k, v, do, lse, seen, row, s, there, keep_ptr + at_row * S, SCALE, KEPT, HAS_KEEP, PRECISION, S
         )  # fmt: skip
         dscores = (weights * (dweights - delta[:, None]) * SCALE).to(q.dtype)
         dq += tl.dot(dscores, k, input_precision=PRECISION)
-    tl.store(dq_ptr + at_q, dq.to(dq_ptr.dtype.element_ty), mask=is_q)
-    if HAS_NULL:
-        _null_gradient(dnull_ptr, null_ptr, lse, delta, row, b * N + g * GROUP + p, there)
+    dq_ptr, dnull_ptr, null_ptr = dq_ptr + at_row * H, dnull_ptr + at_row, null_ptr + b * N + g * GROUP
+    _store_queries(dq_ptr, dnull_ptr, null_ptr, dq, lse, delta, i, l, first, h, T, C, N, GROUP, H, HAS_NULL, BLOCK_M)
     if i == 0:
-        _zero_unread(dq_ptr, b * T, g, l, first, T, L, C, N, GROUP, H, BLOCK_M, BLOCK_H)
+        _zero_unread(dq_ptr, l, first, T, L, C, N, GROUP, H, BLOCK_M, BLOCK_H)
         if HAS_NULL:
-            _zero_unread(dnull_ptr, b * T, g, l, first, T, L, C, N, GROUP, 1, BLOCK_M, 1)
+            _zero_unread(dnull_ptr, l, first, T, L, C, N, GROUP, 1, BLOCK_M, 1)

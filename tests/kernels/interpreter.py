@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 
 from retro_jax.kernels import triton_call
+from retro_jax.kernels.choice import lowering_for_gpu
 
 torch = pytest.importorskip("torch", reason="Triton's interpreter runs on torch's tensors, which are not here")
 pytest.importorskip("triton", reason="needs Triton")
@@ -50,7 +51,8 @@ def interpreted(*modules: str) -> Iterator[list[ModuleType]]:
             patch.setattr(copy, "call", call)
             patch.setattr(copy, "range", _range, raising=False)
         patch.setattr(triton_call, "unavailable", lambda: None)
-        yield copies
+        with lowering_for_gpu(90):
+            yield copies
 
 
 def _is_copied(name: str, modules: Sequence[str]) -> bool:
