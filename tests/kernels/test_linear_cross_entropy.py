@@ -266,7 +266,7 @@ def test_weights_get_no_gradient():
 
 @pytest.mark.parametrize("function", ["weighted_loss", "token_losses"])
 def test_memory_is_an_eighth_of_the_logits(function):
-    """Temporary memory, forward and backward."""
+    """Temporary memory, forward and backward: measured 0.078 of them, and twice them by the formula."""
     shape = Shape(1024, 16, 16384, 64)
     hidden, table, targets, weights = problem(shape)
 
@@ -320,15 +320,15 @@ def test_no_token_is_named():
 
 
 @pytest.mark.parametrize("capability", [80, 90])
-@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
-def test_kernels_compile_without_spills(dtype, capability):
+@pytest.mark.parametrize(("dtype", "gradient_dtype"), [("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "fp32"), ("fp32", "bf16")])
+def test_kernels_compile_without_spills(dtype, gradient_dtype, capability):
     """Registers allow 4 programs of 8 warps a multiprocessor for the statistics, 7 for the gradient. Measured: 64, 32."""
     pytest.importorskip("triton")
     from retro_jax.kernels.linear_cross_entropy import triton as kernels
 
     numbers = {"targets": "*i32", "tops": "*fp32"}
     statistics = {"logits": f"*{dtype}", **numbers, "sums": "*fp32", "target_logits": "*fp32"}
-    gradient = {"logits": f"*{dtype}", **numbers, "scales": "*fp32", "weights": "*fp32", "gradients": f"*{dtype}"}
+    gradient = {"logits": f"*{dtype}", **numbers, "scales": "*fp32", "weights": "*fp32", "gradients": f"*{gradient_dtype}"}
     V = LARGE[2].V
     for kernel, types, registers in ((kernels.statistics_kernel, statistics, 64), (kernels.gradient_kernel, gradient, 36)):
         made = report(kernel, types, {"V": V, "BLOCK": kernels.BLOCK}, capability=capability, num_warps=kernels.WARPS)
