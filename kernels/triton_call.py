@@ -3,9 +3,9 @@ for ``vmap`` nor the types of ``shard_map``'s axes."""
 
 from __future__ import annotations
 
-import importlib.util
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ def unavailable() -> str | None:
     """Why no Triton kernel can run in this process; None where they can."""
     if not runs_on_gpu():
         return "it needs a GPU"
-    if importlib.util.find_spec("jax_triton") is None:
+    if find_spec("jax_triton") is None:
         return f"jax-triton is not installed; {MEND}"
     return None
 

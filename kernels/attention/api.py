@@ -35,8 +35,6 @@ IMPLEMENTATIONS = {
     "triton": Implementation(_triton, _triton_refuses),
     "cudnn": Implementation(cudnn.attention, cudnn.refuses),
 }
-# cuDNN is told of segments by a mask that grows with the square of the length.
-ON_GPU = ("triton", "cudnn", "xla")
 
 
 def attention(
@@ -62,7 +60,7 @@ def attention(
         dropout, dropout_key: dropout on the attention weights; the key is needed when the share is above 0.
         query_numbers_XQN: uint32, each query's number in the whole batch, which says what is dropped for it; None: its place.
         name: of what is saved for the backward pass, ``<name>_out`` and ``<name>_lse`` to ``jax.checkpoint``.
-        implementation: a name runs or raises; None takes "xla", and on a GPU the first of ON_GPU that takes the call.
+        implementation: a name runs or raises; None takes "xla".
 
     Returns:
         [X, Q, N, H] in q's dtype. A query that sees no key gets 0 and zero gradient.
@@ -82,5 +80,5 @@ def attention(
     keep_XQNS = kept_weights("attention", dropout, dropout_key, query_numbers_XQN, (X, Q, N), S)
     keep_XNQS = None if keep_XQNS is None else keep_XQNS.swapaxes(1, 2)
     operands = (q_XQNH, k_XSGH, v_XSGH, mask, null_logit_N)
-    run = choose("attention", IMPLEMENTATIONS, implementation, *operands, on_gpu=ON_GPU, dropout=dropout)
+    run = choose("attention", IMPLEMENTATIONS, implementation, *operands, dropout=dropout)
     return run(*operands, dropout=dropout, keep_XNQS=keep_XNQS, name=name)

@@ -25,7 +25,6 @@ IMPLEMENTATIONS = {
     "xla": Implementation(xla.chunked_cross_attention),
     "triton": Implementation(_triton, refuses),
 }
-ON_GPU = ("triton", "xla")
 
 
 def chunked_cross_attention(
@@ -57,7 +56,7 @@ def chunked_cross_attention(
             just before the row's first token: it is the last chunk of the row's part on another device.
         dropout, dropout_key: dropout on the attention weights.
         query_numbers_BTN: uint32, each query's number in the whole batch, which says what is dropped for it; None: its place.
-        implementation: a name runs or raises; None takes "xla", and on a GPU the first of ON_GPU that takes the call.
+        implementation: a name runs or raises; None takes "xla".
 
     Returns:
         [B, T, N, H] in q's dtype; 0 with zero gradient for a token that reads no chunk, or a chunk without a valid key.
@@ -77,7 +76,7 @@ def chunked_cross_attention(
             raise ValueError(f"chunked_cross_attention: {T} tokens are not {L} chunks of {chunk_len}; give first_chunk_len")
         first_chunk_len = chunk_len
     keep_BTNS = kept_weights("chunked_cross_attention", dropout, dropout_key, query_numbers_BTN, (B, T, N), S)
-    run = choose("chunked_cross_attention", IMPLEMENTATIONS, implementation, q_BTNH, k_BLSGH, v_BLSGH, on_gpu=ON_GPU)
+    run = choose("chunked_cross_attention", IMPLEMENTATIONS, implementation, q_BTNH, k_BLSGH, v_BLSGH)
     return run(
         q_BTNH,
         k_BLSGH,

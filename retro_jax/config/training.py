@@ -45,7 +45,9 @@ class TrainConfig:
     """How long and with what care to train. ``baselines`` are trained after the model on identical rows: "gpt" is the model
     without retrieval, "gpt_matched" the same with a wider feed-forward until it has as many parameters as the Retro.
     ``precision`` "auto": bfloat16 compute on accelerators, float32 on CPU; master weights are float32.
-    ``loss_chunk`` tokens' logits exist at a time. ``keep`` latest checkpoints are kept, and the best by validation loss.
+    ``loss_chunk`` tokens' logits exist at a time. ``z_loss`` times the square of each token's logsumexp is added to what is
+    minimised, so that logits do not drift (PaLM: 1e-4); losses are reported without it. ``keep`` latest checkpoints are kept,
+    and the best by validation loss.
 
     ``start_from``: the first step takes its parameters from this checkpoint: a trained model's folder
     (``runs/<config>/models/<name>``, or one step of it, ``.../checkpoints/<step>``), or a folder in the format "retro" or
@@ -63,6 +65,7 @@ class TrainConfig:
     trained: Trained = "all"
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     loss_chunk: int = 2048
+    z_loss: float = 0.0
     log_every: int = 10
     checkpoint_every: int = 200
     keep: int = 2
@@ -93,6 +96,7 @@ class TrainConfig:
                 baseline in get_args(Baseline),
                 f"TrainConfig.baselines names {baseline!r}; choose from {', '.join(get_args(Baseline))}",
             )
+        check(0.0 <= self.z_loss < float("inf"), f"TrainConfig.z_loss={self.z_loss} must be finite and not negative")
         for name in ("valid_every", "valid_batches"):
             check(getattr(self, name) >= 0, f"TrainConfig.{name}={getattr(self, name)} must not be negative")
 

@@ -14,13 +14,13 @@ from retro_jax.config import TrainConfig
 from retro_jax.data.batch import Batch
 from retro_jax.parallel.axes import batch_index
 from retro_jax.parallel.layout import Layout
-from retro_jax.training.loss import token_losses, weighted_loss
+from retro_jax.training.loss import loss_and_cross_entropy, token_losses
 from retro_jax.training.state import ModelForm, TrainState, Tree
 
 
 class StepMetrics(NamedTuple):
-    """Scalars of one step: float32 ``loss`` (mean over the targets, nats) and ``grad_norm`` (before clipping), float32
-    ``targets`` (how many)."""
+    """Scalars of one step: float32 ``loss`` (mean over the targets, nats, without the z-loss) and ``grad_norm`` (before
+    clipping), float32 ``targets`` (how many)."""
 
     loss: jax.Array
     grad_norm: jax.Array
@@ -36,26 +36,31 @@ def make_train_step(
 ) -> TrainStep:
     """(state, batch) -> (next state, metrics); to be jitted with the state donated.
 
-    The loss is the sum of token losses times ``loss_mask`` over the sum of the mask. With ``accumulate`` parts the batch's rows
-    are dealt to the parts in turn and the gradients of the parts are summed in float32; every part counts its targets as
-    shares of the whole batch's, so that the sum is the gradient of the undivided batch. Dropout depends on seed, step and a
-    token's place in the batch alone.
+    The loss is the sum of token losses times ``loss_mask`` over the sum of the mask; what is minimised has the z-loss beside.
+    With ``accumulate`` parts the batch's rows are dealt to the parts in turn and the gradients of the parts are summed in
+    float32; every part counts its targets as shares of the whole batch's, so that the sum is the gradient of the undivided
+    batch. Dropout depends on seed, step and a token's place in the batch alone.
 
     Args:
         form: the model's.
         optimizer: of its trained parameters.
-        config: precision, accumulation, seed.
+        config: precision, accumulation, seed, z-loss.
         layout: of the devices that share the step; None: one does it alone. Gradients are summed over devices once a step.
             Where it gathers the parameters once, all parts compute with whole ones and sum whole gradients.
     """
     dtype = compute_dtype(config)
     gathers_once = layout is not None and layout.gathers_once
 
-    def loss_of(params: Tree, frozen: Tree, batch: Batch, weights_BT: jax.Array, rows_B: jax.Array, key: jax.Array) -> jax.Array:
+    def loss_of(
+        params: Tree, frozen: Tree, batch: Batch, weights_BT: jax.Array, rows_B: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """What is minimised, and what is reported."""
         model = form.merge(cast(params, dtype), cast(frozen, dtype))
         hidden_BTD = model(batch, dropout_key=key, row_numbers_B=rows_B)
         table_VD = form.merge(params, frozen).output_table_VD()  # float32: its gradient is summed over chunks in float32
-        return weighted_loss(hidden_BTD, table_VD, batch.targets, weights_BT, chunk=config.loss_chunk)
+        return loss_and_cross_entropy(
+            hidden_BTD, table_VD, batch.targets, weights_BT, chunk=config.loss_chunk, z_loss=config.z_loss
+        )
 
     def gradients(params: Tree, frozen: Tree, batch: Batch, step: jax.Array) -> tuple[jax.Array, jax.Array, Tree]:
         """Loss, number of targets, and the gradient of ``params``; on a mesh those of the whole batch from this device's part."""
@@ -74,7 +79,8 @@ def make_train_step(
         def of_part(part: Batch, weights_BT: jax.Array, rows_B: jax.Array) -> tuple[jax.Array, Tree]:
             # Of float32 parameters the gradient is float32. What was cast before the gather is the same when it is cast again.
             wide = cast(params, jnp.dtype("float32")) if gathers_once else params
-            return jax.value_and_grad(loss_of)(wide, frozen, part, weights_BT, rows_B, key)
+            (_, reported), gradient = jax.value_and_grad(loss_of, has_aux=True)(wide, frozen, part, weights_BT, rows_B, key)
+            return reported, gradient
 
         if config.accumulate == 1:
             loss, gradient = of_part(batch, weights_BT, rows_B)

@@ -38,6 +38,9 @@ def interpreted(*modules: str) -> Iterator[list[ModuleType]]:
     kept = {name: module for name, module in sys.modules.items() if _is_copied(name, modules)}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
+        for module in modules:  # ``from package import module`` takes the package's attribute
+            package, _, name = f"{KERNELS}.{module}".rpartition(".")
+            patch.setattr(importlib.import_module(package), name, None, raising=False)
         for name in kept:
             del sys.modules[name]
         try:
@@ -75,13 +78,12 @@ def call(
 
     def run(*arrays: Any) -> tuple[np.ndarray, ...]:
         tensors = [torch.from_numpy(np.array(array)) for array in arrays]
-        over = {output: number for number, output in (aliases or {}).items()}
-        results = [
-            tensors[over[i]] if i in over else torch.from_numpy(np.full(o.shape, _unwritten(o.dtype), o.dtype))
-            for i, o in enumerate(outputs)
-        ]
+        results = [torch.from_numpy(np.full(each.shape, _unwritten(each.dtype), each.dtype)) for each in outputs]
+        for number, over in (aliases or {}).items():
+            assert (tensors[number].shape, tensors[number].dtype) == (results[over].shape, results[over].dtype)
+            results[over] = tensors[number]
         with ONE_AT_A_TIME:
-            kernel[grid](*tensors, *(results[i] for i in range(len(results)) if i not in over), **constants)
+            kernel[grid](*tensors, *results, **constants)
         return tuple(result.numpy() for result in results)
 
     results = jax.pure_callback(run, tuple(outputs), *inputs)

@@ -8,8 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
-from retro_jax.training.loss import token_losses, weighted_loss
+from retro_jax.config import MeshConfig
+from retro_jax.parallel.layout import make_layout
+from retro_jax.training.loss import loss_and_cross_entropy, token_losses, weighted_loss
 
 # (B, T, D, V, chunk): one chunk, even chunks, a remainder, chunks of one token.
 SHAPES = [(2, 8, 4, 11, 100), (2, 8, 4, 11, 4), (3, 7, 5, 13, 4), (1, 5, 3, 7, 1), (2, 9, 4, 300, 17)]
@@ -110,6 +113,35 @@ def test_the_table_gradient_of_a_float32_table_is_summed_and_returned_in_float32
     assert dtable.dtype == jnp.float32
     # What is left is the rounding of each logit's gradient to bfloat16 (2^-9), not of the sum: measured 1.3e-3 of the largest.
     assert np.abs(np.asarray(dtable) - want).max() <= 4e-3 * np.abs(want).max()
+
+
+@pytest.mark.parametrize("sizes", [{"fsdp": 2, "tensor": 2}, {"fsdp": 4}, {"tensor": 4}])
+def test_a_mesh_divides_the_loss_and_its_gradients_and_changes_neither(sizes: dict[str, int]) -> None:
+    """Of the loss, with its z-term, and of what is reported without it."""
+    hidden, table, targets, weights = arrays(4, 8, 8, 12)
+    mesh = MeshConfig(**sizes)
+    layout = make_layout(mesh)
+    assert layout is not None
+    tokens, rows = P("fsdp" if mesh.fsdp > 1 else None, "tensor" if mesh.tensor > 1 else None), P(*layout.batch.tokens)
+    of_table = layout.parameter(("vocab", "width"), table.shape)
+
+    def both(h: jax.Array, w: jax.Array, targets: jax.Array, weights: jax.Array) -> tuple[jax.Array, jax.Array]:
+        loss, cross_entropy = loss_and_cross_entropy(h, w, targets, weights, chunk=5, z_loss=0.1)
+        return 3.0 * loss, cross_entropy
+
+    def part(h: jax.Array, w: jax.Array, *known: jax.Array) -> tuple:
+        (loss, reported), (dh, dw) = jax.value_and_grad(both, (0, 1), has_aux=True)(h, w, *known)
+        losses = token_losses(h, w, known[0], chunk=5)
+        return layout.sum_over_batch((loss, reported)), losses, dh, layout.sum_gradients([dw], [of_table])[0]
+
+    run = jax.jit(layout.run(part, (P(*tokens, None), of_table, rows, rows), ((P(), P()), rows, P(*tokens, None), of_table)))
+    given = [jax.device_put(a, layout.sharding(s)) for a, s in ((hidden, P(*tokens, None)), (table, of_table))]
+    known = [jax.device_put(a, layout.sharding(rows)) for a in (targets, weights)]
+    sums, losses, dhidden, dtable = run(*given, *known)
+    expected = jax.jit(jax.value_and_grad(both, (0, 1), has_aux=True))(hidden, table, targets, weights)
+    np.testing.assert_allclose(losses, token_losses(hidden, table, targets, chunk=5), rtol=2e-6)
+    for ours, alone in zip(jax.tree.leaves((sums, (dhidden, dtable))), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, alone, rtol=2e-5, atol=5e-6)
 
 
 def residual_bytes(function: Callable, *arguments: jax.Array) -> int:

@@ -61,6 +61,24 @@ def test_loss_and_gradient_norm_are_those_of_the_mean_over_the_targets() -> None
     assert metrics.targets == batch.loss_mask.sum()
 
 
+def test_the_z_loss_is_minimised_and_not_reported() -> None:
+    batch, weight = random_batch(4)[0], 0.1
+    config = gpt(z_loss=weight, accumulate=2)
+
+    def minimised(params: dict) -> jax.Array:
+        model = prepared(config)[0].merge(params, {})
+        logits = jnp.einsum("btd,vd->btv", model(jax.tree.map(jnp.asarray, batch)), model.output_table_VD())
+        squares = jnp.sum(jax.nn.logsumexp(logits, -1) ** 2 * batch.loss_mask) / jnp.sum(batch.loss_mask)
+        return naive_loss(config, params, batch) + weight * squares
+
+    _, metrics = step(config, batch)
+    params = prepared(config)[2].params
+    np.testing.assert_allclose(metrics.loss, naive_loss(config, params, batch), rtol=1e-6)
+    norm = np.sqrt(sum((np.asarray(g, np.float64) ** 2).sum() for g in jax.tree.leaves(jax.jit(jax.grad(minimised))(params))))
+    np.testing.assert_allclose(metrics.grad_norm, norm, rtol=1e-5)
+    assert abs(norm / float(step(gpt(accumulate=2), batch)[1].grad_norm) - 1.0) > 0.05
+
+
 def test_accumulated_steps_equal_the_undivided_batch() -> None:
     batch = random_batch(2, rows=8)[0]
     # Parts of very different sizes: a mean of means would differ.
