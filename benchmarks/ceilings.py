@@ -3,6 +3,7 @@ numbers (zeros are multiplied 13% faster on an H200)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,37 +17,47 @@ from retro_jax.planning.target import TARGETS
 
 @dataclass(frozen=True)
 class Sizes:
-    """Side of the square matrices, bytes that are copied, dtype; rounds, and products or copies a round."""
+    """Side of the square matrices, bytes that are copied, dtype, and products or copies a round."""
 
     matrix: int
     copied: int
     dtype: str
-    rounds: int
     calls: int
 
 
-GPU = Sizes(matrix=8192, copied=2**30, dtype="bfloat16", rounds=20, calls=5)
-CPU = Sizes(matrix=1024, copied=2**27, dtype="float32", rounds=20, calls=5)
+GPU = Sizes(matrix=8192, copied=2**30, dtype="bfloat16", calls=5)
+CPU = Sizes(matrix=1024, copied=2**27, dtype="float32", calls=2)
+ROUNDS = 20
 
 
-def measure(sizes: Sizes) -> dict[str, Any]:
-    """Rates of the two, round by round in turn; ``flops_a_second`` and ``bytes_a_second`` (read and written) are medians."""
-    dtype = jnp.dtype(sizes.dtype)
-    side, count = sizes.matrix, sizes.copied // dtype.itemsize
-    a, b = (jax.random.normal(jax.random.key(i), (side, side), dtype) for i in range(2))
-    numbers = jax.random.normal(jax.random.key(2), (count // 1024, 1024), dtype)
-    multiply, copy = jax.jit(jnp.matmul), jax.jit(jnp.copy)
-    timed = {"matmul": Timed(lambda: multiply(a, b), sizes.calls), "copy": Timed(lambda: copy(numbers), sizes.calls)}
-    interleave(timed, sizes.rounds)
-    flops = 2 * side**3 / np.array(timed["matmul"].wall)
-    moved = 2 * sizes.copied / np.array(timed["copy"].wall)
-    return {
-        "flops_a_second": float(np.median(flops)),
-        "bytes_a_second": float(np.median(moved)),
-        "tflops": spread(flops / 1e12),
-        "gigabytes_a_second": spread(moved / 1e9),
-        "of": asdict(sizes),
-    }
+class Ceilings:
+    """The two, to be timed in turn with what they are the limits of."""
+
+    def __init__(self, sizes: Sizes) -> None:
+        self.sizes, dtype = sizes, jnp.dtype(sizes.dtype)
+        shape = (sizes.matrix, sizes.matrix)
+        a, b = (jax.random.normal(jax.random.key(i), shape, dtype) for i in range(2))
+        numbers = jax.random.normal(jax.random.key(2), (sizes.copied // dtype.itemsize // 1024, 1024), dtype)
+        multiply, copy = jax.jit(jnp.matmul), jax.jit(jnp.copy)
+        self.calls = {"matmul": lambda: multiply(a, b), "copy": lambda: copy(numbers)}
+
+    def timed(self) -> dict[str, Timed]:
+        """Both, not yet called."""
+        return {name: Timed(call, self.sizes.calls) for name, call in self.calls.items()}
+
+    def rates(self, timed: Mapping[str, Timed]) -> dict[str, np.ndarray]:
+        """Of each round: ``flops_a_second`` and ``bytes_a_second``, read and written."""
+        return {
+            "flops_a_second": 2 * self.sizes.matrix**3 / np.array(timed["matmul"].wall),
+            "bytes_a_second": 2 * self.sizes.copied / np.array(timed["copy"].wall),
+        }
+
+    def measure(self) -> dict[str, Any]:
+        """By themselves."""
+        timed = self.timed()
+        interleave(timed, ROUNDS)
+        rates = self.rates(timed)
+        return {name: spread(rate) for name, rate in rates.items()} | {"rounds": ROUNDS, "of": asdict(self.sizes)}
 
 
 def data_sheet(device: str) -> dict[str, float]:

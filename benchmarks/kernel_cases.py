@@ -309,8 +309,8 @@ GPU_CASES: tuple[Case, ...] = (
 )  # fmt: skip
 
 CPU_CASES: tuple[Case, ...] = (
-    cca(64, 2, 8, 64), encoder(128, 8, 64), causal(1, 1024, 8, 64), conditioning(64, 2, 8, 64), cca(64, 2, 8, 64, absent=True),
-    loss(512, 512, 32000), cca(64, 2, 8, 64, groups=2), causal(1, 2048, 8, 64),
+    cca(32, 2, 8, 64), encoder(64, 8, 64), causal(1, 1024, 8, 64), conditioning(32, 2, 8, 64), cca(32, 2, 8, 64, absent=True),
+    loss(256, 512, 32000), cca(32, 2, 8, 64, groups=2), causal(1, 2048, 8, 64),
 )  # fmt: skip
 
 # Small enough to be computed in float64 too.

@@ -1,15 +1,16 @@
-"""Times a case: its sides in turn, round after round, beside the floor that the measured ceilings set."""
+"""Times a case: its sides and the ceilings in turn, round after round; the floor is that of the same rounds."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.ceilings import Ceilings
 from benchmarks.kernel_cases import FORWARD, PASSES, Case
 from benchmarks.kernel_costs import Cost
 from benchmarks.kernel_programs import Program, build
@@ -22,9 +23,7 @@ ROUND_SECONDS = 0.01
 ROUNDS, FEWEST_ROUNDS = 20, 5
 
 
-def measure(
-    case: Case, sides: Sequence[Side], ceilings: Mapping[str, float], *, dtype: str, on_gpu: bool, seconds: float
-) -> dict[str, Any]:
+def measure(case: Case, sides: Sequence[Side], ceilings: Ceilings, *, dtype: str, on_gpu: bool, seconds: float) -> dict[str, Any]:
     """Both passes of a case, in about ``seconds`` where that many rounds suffice."""
     result: dict[str, Any] = {"case": case.name, "operation": case.operation, "settings": asdict(case), "dtype": dtype}  # type: ignore[call-overload]
     end = time.monotonic() + seconds
@@ -36,7 +35,7 @@ def measure(
 
 
 def measure_pass(
-    case: Case, sides: Sequence[Side], ceilings: Mapping[str, float], which: str, *, dtype: str, on_gpu: bool, seconds: float
+    case: Case, sides: Sequence[Side], ceilings: Ceilings, which: str, *, dtype: str, on_gpu: bool, seconds: float
 ) -> dict[str, Any]:
     """One pass: the floor, figures a side, and how much faster ours is than each rival, round by round."""
     end = time.monotonic() + seconds
@@ -51,9 +50,11 @@ def measure_pass(
                 reasons[name] = reason_of(error)
     a_round = sum(side.wall[-1] * side.calls for side in timed.values())
     rounds = int(np.clip((end - time.monotonic()) / max(a_round, 1e-9), FEWEST_ROUNDS, ROUNDS))
-    interleave(timed, rounds)
+    limits = ceilings.timed()
+    interleave({**timed, **{f"ceiling: {name}": side for name, side in limits.items()}}, rounds)
 
-    rates = ceilings["flops_a_second"], ceilings["bytes_a_second"]
+    measured = {name: float(np.median(rate)) for name, rate in ceilings.rates(limits).items()}
+    rates = measured["flops_a_second"], measured["bytes_a_second"]
     cost = case.costs(jnp.dtype(dtype).itemsize)[which]
     walls = {name: np.array(side.wall) / programs[name].sets for name, side in timed.items()}  # type: ignore[union-attr]
     mine = [side.name for side in sides if side.ours and side.name in walls]
@@ -61,6 +62,7 @@ def measure_pass(
     return {
         "flops": cost.flops,
         "bytes": cost.bytes,
+        "ceilings": {name: float(f"{rate:.4g}") for name, rate in measured.items()},
         "floor_seconds": float(f"{cost.floor(*rates):.4g}"),
         "limit": cost.limit(*rates),
         "rounds": rounds,

@@ -7,9 +7,9 @@ recorded with its reason.
 
 First the ceilings are measured, a matrix product and a copy of random numbers. Then every side is checked on small shapes: the
 error of ours is at most 2 times (gradients: 3 times) that of a plain computation in the same dtype, and a rival computes the same
-function. A side that is wrong is not timed, and if it is ours the exit code is 1. Then come the cases: rounds of all sides
-alternate in one process. A side's share of the floor, in brackets, is max(operations / the product's rate, bytes / the copy's
-rate) / its median time, with operations and bytes of benchmarks/kernel_costs.py. How short kernels are timed:
+function. A side that is wrong is not timed, and if it is ours the exit code is 1. Then come the cases: rounds of all sides and of
+the ceilings alternate in one process. A side's share of the floor, in brackets, is max(operations / the product's rate, bytes /
+the copy's rate) / its median time, with operations and bytes of benchmarks/kernel_costs.py. How short kernels are timed:
 benchmarks/kernel_programs.py. The file is written after every case.
 
     python -m benchmarks.kernels                                        # CPU, under 3 minutes
@@ -33,7 +33,7 @@ from typing import Any
 
 import jax
 
-from benchmarks import ceilings
+from benchmarks.ceilings import CPU, GPU, Ceilings, data_sheet, short_name
 from benchmarks.kernel_cases import CHECK_CASES, CPU_CASES, GPU_CASES, PASSES, Case
 from benchmarks.kernel_checks import check
 from benchmarks.kernel_report import Report, lines, run_cases, table
@@ -45,7 +45,7 @@ from benchmarks.timing import cpu_name
 from retro_jax.host_memory import keep_freed_memory
 
 RESULTS = Path(__file__).parent / "results"
-SECONDS = {"gpu": 420.0, "cpu": 120.0}
+SECONDS = {"gpu": 420.0, "cpu": 100.0}
 STARTED = time.monotonic()
 PACKAGES = (
     "jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "nvidia-cudnn-cu13", "nvidia-cudnn-cu12",
@@ -70,10 +70,11 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     dtype = "bfloat16" if given.gpu else "float32"
     told = facts(given, kept, dtype)
-    report = Report(given.output or RESULTS / f"kernels_{ceilings.short_name(told['device']['kind'])}.json", told)
+    report = Report(given.output or RESULTS / f"kernels_{short_name(told['device']['kind'])}.json", told)
     for key in ("device", "versions"):
         print(f"{key}: " + ", ".join(f"{name} {value}" for name, value in report.result[key].items()), flush=True)
-    rates = measure_ceilings(report, given.gpu, "ceilings")
+    ceilings = Ceilings(GPU if given.gpu else CPU)
+    measure_ceilings(ceilings, report)
     for operation in dict.fromkeys(case.operation for case in cases):
         check_operation(operation, report, dtype, given.gpu)
 
@@ -83,7 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
         wrong = report.wrong(case.operation)
         sides = [side for side in (*our_sides(case), *rival_sides(case, given.gpu)) if side.name not in wrong]
         try:
-            return measure(case, sides, rates, dtype=dtype, on_gpu=given.gpu, seconds=seconds)
+            return measure(case, sides, ceilings, dtype=dtype, on_gpu=given.gpu, seconds=seconds)
         finally:
             free()
 
@@ -91,7 +92,6 @@ def main(arguments: list[str] | None = None) -> int:
         print("\n".join(f"[{len(report.result['cases'])}/{len(cases)}] {line}" for line in lines(row)), flush=True)
 
     run_cases(cases, one, report, given.seconds or SECONDS["gpu" if given.gpu else "cpu"], time.monotonic, tell)
-    measure_ceilings(report, given.gpu, "ceilings_at_the_end")
     report.result["load_average_at_the_end"] = round(os.getloadavg()[0], 2)
     report.write()
     print(f"written to {report.path}; {time.monotonic() - STARTED:.0f} s")
@@ -108,7 +108,7 @@ def parser() -> argparse.ArgumentParser:
         "--only", nargs="+", default=[], metavar="NAME", help="cases that have one of these in name or operation"
     )
     options.add_argument(
-        "--seconds", type=float, help="for all cases together (420, on a CPU 120); what they leave over is not run"
+        "--seconds", type=float, help="for all cases together (420, on a CPU 100); what they leave over is not run"
     )
     options.add_argument("--output", type=Path, help="default: benchmarks/results/kernels_cpu.json, or kernels_h100.json")
     options.add_argument("--tune", action="store_true", help="time the tiles that the Triton kernels could take")
@@ -156,22 +156,19 @@ def facts(given: argparse.Namespace, kept: bool, dtype: str) -> dict[str, Any]:
     }
 
 
-def measure_ceilings(report: Report, gpu: bool, name: str) -> dict[str, float]:
-    """The device's rates, printed and recorded."""
-    found = ceilings.measure(ceilings.GPU if gpu else ceilings.CPU)
-    sheet = ceilings.data_sheet(report.result["device"]["kind"])
-    report.result[name] = found | ({"data_sheet": sheet} if sheet else {})
+def measure_ceilings(ceilings: Ceilings, report: Report) -> None:
+    """The device's rates before the first case, printed and recorded."""
+    found = ceilings.measure()
+    sheet = data_sheet(report.result["device"]["kind"])
+    report.result["ceilings"] = found | ({"data_sheet": sheet} if sheet else {})
     report.write()
-    shares = {
-        key: f" ({found[key] / sheet[key]:.2f} of the data sheet's)" if sheet else ""
-        for key in ("flops_a_second", "bytes_a_second")
-    }
+    medians = {name: found[name]["median"] for name in ("flops_a_second", "bytes_a_second")}
+    shares = {name: f" ({rate / sheet[name]:.2f} of the data sheet's)" if sheet else "" for name, rate in medians.items()}
     print(
-        f"{name.replace('_', ' ')}: product {found['flops_a_second'] / 1e12:.4g} TFLOP/s{shares['flops_a_second']}, "
-        f"copy {found['bytes_a_second'] / 1e9:.4g} GB/s{shares['bytes_a_second']}",
+        f"ceilings: product {medians['flops_a_second'] / 1e12:.4g} TFLOP/s{shares['flops_a_second']}, "
+        f"copy {medians['bytes_a_second'] / 1e9:.4g} GB/s{shares['bytes_a_second']}",
         flush=True,
     )
-    return found
 
 
 def check_operation(operation: str, report: Report, dtype: str, gpu: bool) -> None:
