@@ -57,18 +57,23 @@ def in_turn(call: Call, which: str, problems: Sequence[Problem]) -> list[Any]:
     return results
 
 
-def build(case: Case, sides: Sequence[Side], which: str, *, dtype: str, on_gpu: bool) -> dict[str, Program | Exception]:
-    """A program a side, or why there is none."""
+def draw(case: Case, which: str, *, dtype: str, on_gpu: bool) -> list[Problem]:
+    """The sets of inputs of a program for one pass."""
     cost = case.costs(jax.numpy.dtype(dtype).itemsize)[which]
-    count = sets_of(cost.bytes) if on_gpu else 1
-    problems = [jax_problem(case, number, dtype) for number in range(count)]
+    return [jax_problem(case, number, dtype) for number in range(sets_of(cost.bytes) if on_gpu else 1)]
+
+
+def build(
+    case: Case, sides: Sequence[Side], problems: list[Problem], which: str, *, dtype: str, on_gpu: bool
+) -> dict[str, Program | Exception]:
+    """A program a side, or why there is none; PyTorch draws as many sets of its own."""
     traced = [(partial(in_turn, side.call, which), problems) for side in sides if side.library == "jax"]
     compiled = iter(compile_all(traced, at_a_time=8 if on_gpu else 1))
     programs: dict[str, Program | Exception] = {}
     for side in sides:
         try:
             if side.library == "torch":
-                programs[side.name] = _torch_program(case, side, which, count, dtype, on_gpu)
+                programs[side.name] = _torch_program(case, side, which, len(problems), dtype, on_gpu)
                 continue
             program = next(compiled)
             programs[side.name] = program if isinstance(program, Exception) else _jax_program(program, problems)

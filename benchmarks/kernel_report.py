@@ -35,7 +35,10 @@ class Report:
     def write(self) -> None:
         """By renaming a finished file."""
         text = json.dumps(self.result, indent=2)
-        text = re.sub(r"\[\s+([^\[\]{}]*?)\s+\]", lambda found: "[" + " ".join(found[1].split()) + "]", text)
+        text = re.sub(
+            r"[\[{]\s[^\[\]{}]*[\]}]", _short_lines, text
+        )  # lists, then objects that hold nothing but numbers and names
+        text = re.sub(r"\{\s[^{}]*\}", _short_lines, text)
         unfinished = self.path.with_name(self.path.name + ".part")
         unfinished.write_text(text + "\n", encoding="utf-8")
         os.replace(unfinished, self.path)
@@ -51,12 +54,20 @@ class Report:
         self.write()
 
     def wrong(self, operation: str) -> set[str]:
-        """Sides whose results for an operation are wrong: they are not timed."""
-        return {row["side"] for row in self.result["checks"] if row["operation"] == operation and not row.get("right", True)}
+        """Sides whose results for an operation are wrong: they are not timed. One that did not run may run at another shape."""
+        checks = [row for row in self.result["checks"] if row["operation"] == operation]
+        return {row["side"] for row in checks if "errors" in row and not row["right"]}
 
     def exit_code(self) -> int:
         """1 where one of ours is wrong."""
         return int(any(row["ours"] and not row.get("right", True) for row in self.result["checks"]))
+
+
+def _short_lines(found: re.Match[str]) -> str:
+    """On one line, where it fits."""
+    line = re.sub(r"\n\s*", " ", found[0])
+    line = re.sub(r"(?<=[\[{]) | (?=[\]}])", "", line)
+    return line if len(line) <= 120 else found[0]
 
 
 def run_cases(

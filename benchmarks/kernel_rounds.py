@@ -13,7 +13,7 @@ import numpy as np
 from benchmarks.ceilings import Ceilings
 from benchmarks.kernel_cases import FORWARD, PASSES, Case
 from benchmarks.kernel_costs import Cost
-from benchmarks.kernel_programs import Program, build
+from benchmarks.kernel_programs import Program, build, draw
 from benchmarks.kernel_sides import Side
 from benchmarks.reasons import reason_of
 from benchmarks.timing import Timed, interleave, spread
@@ -39,7 +39,8 @@ def measure_pass(
 ) -> dict[str, Any]:
     """One pass: the floor, figures a side, and how much faster ours is than each rival, round by round."""
     end = time.monotonic() + seconds
-    programs = build(case, sides, which, dtype=dtype, on_gpu=on_gpu)
+    problems = draw(case, which, dtype=dtype, on_gpu=on_gpu)
+    programs = build(case, sides, problems, which, dtype=dtype, on_gpu=on_gpu)
     reasons = {name: reason_of(program) for name, program in programs.items() if isinstance(program, Exception)}
     timed: dict[str, Timed] = {}
     for name, program in programs.items():

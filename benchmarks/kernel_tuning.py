@@ -16,7 +16,7 @@ import jax
 import numpy as np
 
 from benchmarks.kernel_cases import BOTH, FORWARD, Case
-from benchmarks.kernel_programs import Program, build
+from benchmarks.kernel_programs import Program, build, draw
 from benchmarks.kernel_rounds import warmed
 from benchmarks.kernel_sides import Side, ours
 from benchmarks.reasons import reason_of
@@ -43,6 +43,7 @@ def tune(case: Case, *, dtype: str, on_gpu: bool) -> dict[str, Any]:
     module = importlib.import_module(f"retro_jax.kernels.{case.operation}.triton")
     side = Side("triton", ours(case, "triton"), ours=True)
     for direction, which in (("forward", FORWARD), ("backward", BOTH)):
+        problems = draw(case, which, dtype=dtype, on_gpu=on_gpu)
         timed: dict[str, Timed] = {}
         reasons: dict[str, str] = {}
         for blocks in (None, *found.get(direction, ())):
@@ -51,7 +52,7 @@ def tune(case: Case, *, dtype: str, on_gpu: bool) -> dict[str, Any]:
             chooser = f"{direction}_blocks"
             given = getattr(module, chooser) if blocks is None else (lambda *_, blocks=blocks, **__: blocks)
             with mock.patch.object(module, chooser, given):
-                program = build(case, [side], which, dtype=dtype, on_gpu=on_gpu)["triton"]
+                program = build(case, [side], problems, which, dtype=dtype, on_gpu=on_gpu)["triton"]
             try:
                 if not isinstance(program, Program):
                     raise program

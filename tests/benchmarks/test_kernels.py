@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+import types
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -12,7 +14,7 @@ from benchmarks import kernel_checks, kernel_tuning, kernels
 from benchmarks.ceilings import Ceilings, Sizes, data_sheet, short_name
 from benchmarks.kernel_cases import BOTH, FORWARD, CcaCase, LossCase, cca
 from benchmarks.kernel_checks import check
-from benchmarks.kernel_programs import build
+from benchmarks.kernel_programs import build, draw
 from benchmarks.kernel_report import Report, lines, run_cases, table, time_of
 from benchmarks.kernel_rounds import measure
 from benchmarks.kernel_sides import Side, implementations, our_sides, ours, plain
@@ -74,8 +76,9 @@ def test_the_seconds_are_spread_over_what_is_left_and_a_cut_run_says_so(tmp_path
 @pytest.mark.parametrize(
     ("row", "code", "untimed"),
     [
-        ({"ours": True, "right": False}, 1, {"s"}),
-        ({"ours": False, "right": False}, 0, {"s"}),
+        ({"ours": True, "right": False, "errors": {}}, 1, {"s"}),
+        ({"ours": True, "right": False, "failed": "RuntimeError: ptxas died"}, 1, set()),
+        ({"ours": False, "right": False, "errors": {}}, 0, {"s"}),
         ({"ours": True, "refused": "it needs a GPU"}, 0, set()),
         ({"ours": True, "right": True}, 0, set()),
     ],
@@ -112,7 +115,8 @@ def test_a_case_is_timed_beside_its_floor():
 def test_several_sets_of_inputs_are_computed_one_after_the_other_and_not_as_one(monkeypatch):
     monkeypatch.setattr("benchmarks.kernel_programs.sets_of", lambda moved: 3)
     side = Side("xla", ours(SMALL, "xla"), ours=True)
-    program = build(SMALL, [side], BOTH, dtype="float32", on_gpu=True)["xla"]
+    problems = draw(SMALL, BOTH, dtype="float32", on_gpu=True)
+    program = build(SMALL, [side], problems, BOTH, dtype="float32", on_gpu=True)["xla"]
     assert program.sets == 3
     results = program.call()
     assert len(results) == 3
@@ -155,6 +159,37 @@ def test_tuning_tells_what_cannot_be_tuned(monkeypatch):
     monkeypatch.setattr(kernel_tuning, "candidates", lambda operation: {})
     row = kernel_tuning.tune(SMALL, dtype="float32", on_gpu=False)
     assert row["failed"] == "chunked_cross_attention names no candidates (shapes.CANDIDATES is not there)"
+
+
+def test_tuning_traces_with_each_candidate_and_goes_on_where_one_does_not_compile(monkeypatch):
+    class Tiles(NamedTuple):
+        queries: int
+
+    module, traced = types.ModuleType("triton"), []
+    module.forward_blocks, module.backward_blocks = (lambda *_: Tiles(64)), (lambda *_: Tiles(32))
+
+    def call(arrays, given):
+        traced.append((module.forward_blocks(1).queries, module.backward_blocks(1).queries))
+        if traced[-1][0] == 256:
+            raise RuntimeError("out of shared memory")
+        return arrays[0]
+
+    monkeypatch.setitem(sys.modules, "retro_jax.kernels.chunked_cross_attention.triton", module)
+    tiles = {"forward": (Tiles(128), Tiles(256)), "backward": (Tiles(16),)}
+    monkeypatch.setattr(kernel_tuning, "candidates", lambda operation: tiles)
+    monkeypatch.setattr(kernel_tuning, "ours", lambda case, name: call)
+    tuned = kernel_tuning.tune(SMALL, dtype="float32", on_gpu=False)["tuned"]
+    assert traced == [(64, 32), (128, 32), (256, 32), (64, 32), (64, 16)]
+    assert list(tuned["forward"]["program_seconds"]) == ["chosen", "queries=128"]
+    assert tuned["forward"]["did_not_run"] == {"queries=256": "RuntimeError: out of shared memory"}
+    assert tuned["backward"]["best"] in ("chosen", "queries=16")
+
+
+def test_the_tables_in_the_docs_are_those_of_the_result():
+    result = json.loads((kernels.RESULTS / "kernels_cpu.json").read_text())
+    text = (kernels.RESULTS.parent.parent / "docs" / "kernels.md").read_text()
+    for which in (FORWARD, BOTH):
+        assert table(result, which) in text
 
 
 def test_without_a_gpu_it_says_so(capsys):
