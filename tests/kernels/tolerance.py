@@ -8,11 +8,12 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from benchmarks.tolerance import largest_errors
+
 
 def assert_as_good_as(ours: Any, plain: Any, exact: Any, *, factor: float, name: str, least: float = 0.0) -> None:
     """The largest error of ``ours`` against ``exact`` is at most ``factor`` times that of ``plain``, or of ``least``."""
-    exact = np.asarray(exact, np.float64)
-    error, allowed = (np.abs(np.asarray(a, np.float64) - exact).max() for a in (ours, plain))
+    error, allowed = largest_errors(ours, plain, exact)
     assert allowed > 0.0, f"{name}: the plain computation is exact; the rule cannot fail"
     allowed = max(allowed, least)
     assert error <= factor * allowed, f"{name}: error {error:.2e}, the plain computation's {allowed:.2e}, factor {factor}"
