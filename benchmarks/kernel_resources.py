@@ -42,11 +42,6 @@ class Launch(NamedTuple):
     num_warps: int
     num_stages: int
 
-    @property
-    def name(self) -> str:
-        """The kernel's, without what all of them are called."""
-        return self.kernel.__name__.strip("_").removesuffix("_kernel").replace("_", " ")
-
     def report(self, capability: int) -> compiled.Report:
         """What the compiler makes of it."""
         options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
@@ -150,7 +145,7 @@ def rows(capabilities: Sequence[int] = tuple(SHARED)) -> Iterator[Row]:
     for number, same in enumerate(zip(*found, strict=True)):
         print(f"\r{number + 1} of {len(found[0])} kernels", end="", file=sys.stderr, flush=True)
         reports = {capability: launch.report(capability) for capability, launch in zip(capabilities, same, strict=True)}
-        yield Row(same[0].case, same[0].name, reports)
+        yield Row(same[0].case, same[0].kernel.__name__, reports)
     print(file=sys.stderr)
 
 

@@ -112,7 +112,7 @@ def _launch_forward(q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows) -> tup
     X, Q, N, H = q.shape
     blocks = query_blocks(Q, k.shape[1], H, q.dtype)
     return call(
-        _forward_kernel,
+        causal_forward,
         *(q, k, v, *rows),
         outputs=(jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((X, Q, N), jnp.float32)),
         grid=(-(-Q // blocks.queries), X * N),
@@ -126,14 +126,14 @@ def _launch_backward(q, k, v, rows, lse, delta, do):
     like_q, like_k, like_v = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (q, k, v))
     operands = (q, k, v, *rows, lse, delta, do)
     (dq,) = call(
-        _query_gradient_kernel,
+        causal_query_gradient,
         *operands,
         outputs=(like_q,),
         grid=(-(-Q // of_queries.queries), X * N),
         **_settings(q, k, of_queries),
     )
     dk, dv = call(
-        _key_gradient_kernel,
+        causal_key_gradient,
         *operands,
         outputs=(like_k, like_v),
         grid=(-(-S // of_keys.keys), X * G),
@@ -186,12 +186,13 @@ def _key_tiles(begin_ptr, x, first, i, Q, S, BLOCK_Q: tl.constexpr, BLOCK_S: tl.
 
 
 @triton.jit
-def _forward_kernel(
+def causal_forward(
     q_ptr, k_ptr, v_ptr, segment_ptr, key_segment_ptr, begin_ptr, end_ptr, first_ptr,
     o_ptr, lse_ptr,
     SCALE: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr, S: tl.constexpr, N: tl.constexpr, G: tl.constexpr,
     H: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
+    """O and the base-2 log-sum-exp of a tile of queries of one head."""
     i = (Q + BLOCK_Q - 1) // BLOCK_Q - 1 - tl.program_id(0)  # those with most keys first
     x, n = tl.program_id(1) // N, tl.program_id(1) % N
     first = tl.load(first_ptr + x)
@@ -226,12 +227,13 @@ def _forward_kernel(
 
 
 @triton.jit
-def _query_gradient_kernel(
+def causal_query_gradient(
     q_ptr, k_ptr, v_ptr, segment_ptr, key_segment_ptr, begin_ptr, end_ptr, first_ptr, lse_ptr, delta_ptr, do_ptr,
     dq_ptr,
     SCALE: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr, S: tl.constexpr, N: tl.constexpr, G: tl.constexpr,
     H: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
+    """dQ of a tile of queries of one head."""
     i = (Q + BLOCK_Q - 1) // BLOCK_Q - 1 - tl.program_id(0)
     x, n = tl.program_id(1) // N, tl.program_id(1) % N
     first = tl.load(first_ptr + x)
@@ -261,12 +263,13 @@ def _query_gradient_kernel(
 
 
 @triton.jit
-def _key_gradient_kernel(
+def causal_key_gradient(
     q_ptr, k_ptr, v_ptr, segment_ptr, key_segment_ptr, begin_ptr, end_ptr, first_ptr, lse_ptr, delta_ptr, do_ptr,
     dk_ptr, dv_ptr,
     SCALE: tl.constexpr, PRECISION: tl.constexpr, Q: tl.constexpr, S: tl.constexpr, N: tl.constexpr, G: tl.constexpr,
     H: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
+    """dK and dV of a tile of keys of one key/value head."""
     GROUP: tl.constexpr = N // G
     j, x, g = tl.program_id(0), tl.program_id(1) // G, tl.program_id(1) % G
     first = tl.load(first_ptr + x)

@@ -99,7 +99,7 @@ def _launch_forward(how, q, k, v, mask, first, null, keep):
     (B, T, N, _), (_, L, _, G, _) = q.shape, k.shape
     blocks = forward_blocks(how.chunk_len * (N // G), *k.shape[2::2], q.dtype)
     return call(
-        _forward_kernel,
+        cca_forward,
         *(q, k, v, _or(mask, first), first, _or(null, first), _or(keep, first)),
         outputs=(jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((B, T, N), jnp.float32)),
         grid=(B * L, G, -(-how.chunk_len * (N // G) // blocks.queries)),
@@ -122,11 +122,11 @@ def _launch_backward(how, q, k, v, mask, first, null, keep, o, lse, do):
         **_constants(how, q, k, mask, null, keep, blocks),
     )
     outputs = (like_q, like_k, like_v, like_null)
-    results = launch(_backward_kernel, *operands, outputs=outputs, grid=(B * L, G), num_stages=blocks.stages)
+    results = launch(cca_backward, *operands, outputs=outputs, grid=(B * L, G), num_stages=blocks.stages)
     if blocks.keys >= S or query_tiles == 1:
         return results
     grid = (B * L, G, query_tiles)
-    dq, dnull = launch(_query_gradient_kernel, *operands, outputs=(like_q, like_null), grid=grid, num_stages=2)
+    dq, dnull = launch(cca_query_gradient, *operands, outputs=(like_q, like_null), grid=grid, num_stages=2)
     return dq, results[1], results[2], dnull
 
 
@@ -213,13 +213,14 @@ def _kept(keep_ptr, row, s, there, S: tl.constexpr):
 
 
 @triton.jit
-def _forward_kernel(
+def cca_forward(
     q_ptr, k_ptr, v_ptr, valid_ptr, first_ptr, null_ptr, keep_ptr,
     o_ptr, lse_ptr,
     SCALE: tl.constexpr, KEPT: tl.constexpr, HAS_MASK: tl.constexpr, HAS_NULL: tl.constexpr, HAS_KEEP: tl.constexpr,
     PRECISION: tl.constexpr, T: tl.constexpr, L: tl.constexpr, C: tl.constexpr, S: tl.constexpr, N: tl.constexpr,
     G: tl.constexpr, H: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
+    """O and log-sum-exp of a tile of the queries that read a chunk, of one key/value head."""
     GROUP: tl.constexpr = N // G
     TILES: tl.constexpr = (S + BLOCK_S - 1) // BLOCK_S
     chunk = tl.program_id(0).to(tl.int64)
@@ -315,7 +316,7 @@ def _store_queries(
 
 
 @triton.jit
-def _backward_kernel(
+def cca_backward(
     q_ptr, k_ptr, v_ptr, valid_ptr, first_ptr, null_ptr, keep_ptr, o_ptr, lse_ptr, do_ptr,
     dq_ptr, dk_ptr, dv_ptr, dnull_ptr,
     SCALE: tl.constexpr, KEPT: tl.constexpr, HAS_MASK: tl.constexpr, HAS_NULL: tl.constexpr, HAS_KEEP: tl.constexpr,
@@ -376,7 +377,7 @@ def _backward_kernel(
 
 
 @triton.jit
-def _query_gradient_kernel(
+def cca_query_gradient(
     q_ptr, k_ptr, v_ptr, valid_ptr, first_ptr, null_ptr, keep_ptr, o_ptr, lse_ptr, do_ptr,
     dq_ptr, dnull_ptr,
     SCALE: tl.constexpr, KEPT: tl.constexpr, HAS_MASK: tl.constexpr, HAS_NULL: tl.constexpr, HAS_KEEP: tl.constexpr,

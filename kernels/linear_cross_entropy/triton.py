@@ -37,7 +37,7 @@ LOWEST = tl.constexpr(-1e30)
 
 
 @triton.jit
-def statistics_kernel(logits, targets, tops, sums, target_logits, V: tl.constexpr, BLOCK: tl.constexpr):
+def cross_entropy_statistics(logits, targets, tops, sums, target_logits, V: tl.constexpr, BLOCK: tl.constexpr):
     """Of row ``program_id(0)`` of ``logits``, any float dtype; results are float32. A target outside of [0, V) has logit 0."""
     row = tl.program_id(0).to(tl.int64)
     lanes = tl.arange(0, BLOCK)
@@ -58,7 +58,7 @@ def statistics_kernel(logits, targets, tops, sums, target_logits, V: tl.constexp
 
 
 @triton.jit
-def gradient_kernel(logits, targets, tops, scales, weights, gradients, V: tl.constexpr, BLOCK: tl.constexpr):
+def cross_entropy_gradient(logits, targets, tops, scales, weights, gradients, V: tl.constexpr, BLOCK: tl.constexpr):
     """Of row ``program_id(0)``, block ``program_id(1)``: exp(z - top) scale - weight at the target; 0 where the weight is 0.
 
     ``gradients`` may be ``logits``: a program writes what it alone has read.
@@ -85,7 +85,7 @@ def _statistics(logits_NV: jax.Array, targets_N: jax.Array) -> chunked.Statistic
     each = jax.ShapeDtypeStruct((N,), jnp.float32)
     block = min(BLOCK, triton.next_power_of_2(V))
     results = call(
-        statistics_kernel, logits_NV, targets_N, outputs=(each, each, each), grid=(N,), num_warps=WARPS, V=V, BLOCK=block
+        cross_entropy_statistics, logits_NV, targets_N, outputs=(each, each, each), grid=(N,), num_warps=WARPS, V=V, BLOCK=block
     )
     return chunked.Statistics(*results)
 
@@ -96,7 +96,7 @@ def _gradient(
     N, V = logits_NV.shape
     block = min(BLOCK, triton.next_power_of_2(V))
     (gradient_NV,) = call(
-        gradient_kernel,
+        cross_entropy_gradient,
         logits_NV,
         targets_N,
         top_N,

@@ -66,7 +66,9 @@ def loss_step(model: Retro, config: TrainConfig, *, retrieval: bool) -> Step:
 def _losses(graph: nnx.GraphDef, state: Tree, batch: Batch, *, retrieval: bool, chunk: int) -> jax.Array:
     model = nnx.merge(graph, state)
     hidden_BTD = model(batch, retrieval=retrieval)
-    return token_losses(hidden_BTD, model.output_table_VD(), batch.targets, chunk=chunk) * batch.loss_mask
+    implementation = model.config.implementation
+    losses_BT = token_losses(hidden_BTD, model.output_table_VD(), batch.targets, chunk=chunk, implementation=implementation)
+    return losses_BT * batch.loss_mask
 
 
 def score_chunks(

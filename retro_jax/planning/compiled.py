@@ -23,6 +23,7 @@ from jax.sharding import AxisType, Mesh
 
 from retro_jax.config import Config, MeshConfig, ModelConfig
 from retro_jax.errors import UserError
+from retro_jax.kernels.choice import lowering_for_gpu
 from retro_jax.parallel.axes import AXES
 from retro_jax.parallel.layout import Layout
 from retro_jax.planning.plan import traceable_step
@@ -73,7 +74,8 @@ def compile_step(config: Config, model: ModelConfig, target: Target) -> Compiled
     layout = Layout(config.mesh, described_mesh(config.mesh, target))
     step, arguments = traceable_step(config, model, layout)
     start = time.monotonic()
-    compiled = jax.jit(step, donate_argnums=0).lower(*arguments).compile()
+    with lowering_for_gpu(10 * target.capability):
+        compiled = jax.jit(step, donate_argnums=0).lower(*arguments).compile()
     seconds = time.monotonic() - start
     stats, text = compiled.memory_analysis(), compiled.as_text()
     assert stats is not None and text is not None

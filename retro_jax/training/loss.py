@@ -13,12 +13,20 @@ from functools import partial
 import jax
 from jax import lax
 
+from retro_jax.config import Implementation
 from retro_jax.kernels import linear_cross_entropy
 from retro_jax.parallel.axes import TENSOR, axis_size
 from retro_jax.parallel.collectives import gather_parameter, gather_tokens, sum_into_shard
 
 
-def token_losses(hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Array, *, chunk: int) -> jax.Array:
+def token_losses(
+    hidden_BTD: jax.Array,
+    table_VD: jax.Array,
+    targets_BT: jax.Array,
+    *,
+    chunk: int,
+    implementation: Implementation | None = None,
+) -> jax.Array:
     """Cross-entropy of each token: ``logsumexp(table @ hidden) - (table @ hidden)[target]``.
 
     Args:
@@ -26,13 +34,16 @@ def token_losses(hidden_BTD: jax.Array, table_VD: jax.Array, targets_BT: jax.Arr
         table_VD: float, the output table, or this device's part of it; it is cast to the hidden states' dtype.
         targets_BT: int32 ids in [0, V); the loss of a negative one is 0.
         chunk: how many tokens' logits exist at a time.
+        implementation: of :mod:`retro_jax.kernels.linear_cross_entropy`.
 
     Returns:
         float32 [B, T], in nats.
     """
     hidden_ND = _all_tokens(hidden_BTD)
     table = _whole_width(table_VD, hidden_ND)
-    losses_N = linear_cross_entropy.token_losses(hidden_ND, table, targets_BT.reshape(-1), chunk=chunk, axis=_vocabulary_axis())
+    losses_N = linear_cross_entropy.token_losses(
+        hidden_ND, table, targets_BT.reshape(-1), chunk=chunk, axis=_vocabulary_axis(), implementation=implementation
+    )
     return losses_N.reshape(targets_BT.shape)
 
 
@@ -44,13 +55,16 @@ def weighted_loss(
     *,
     chunk: int,
     z_loss: float = 0.0,
+    implementation: Implementation | None = None,
 ) -> jax.Array:
     """The sum of (token losses + ``z_loss`` logsumexp^2) times ``weights_BT``, as a float32 scalar; no gradient flows to the
     weights.
 
     Arguments as :func:`token_losses`; ``weights_BT`` is float32.
     """
-    return loss_and_cross_entropy(hidden_BTD, table_VD, targets_BT, weights_BT, chunk=chunk, z_loss=z_loss)[0]
+    return loss_and_cross_entropy(
+        hidden_BTD, table_VD, targets_BT, weights_BT, chunk=chunk, z_loss=z_loss, implementation=implementation
+    )[0]
 
 
 def loss_and_cross_entropy(
@@ -61,14 +75,22 @@ def loss_and_cross_entropy(
     *,
     chunk: int,
     z_loss: float = 0.0,
+    implementation: Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """:func:`weighted_loss`, and beside it the sum without the z-loss, to be reported: no gradient flows through it."""
     hidden_ND, targets_N, weights_N = _all_tokens(hidden_BTD), targets_BT.reshape(-1), lax.stop_gradient(weights_BT).reshape(-1)
     if table_VD.shape[1] == hidden_ND.shape[1]:
         return linear_cross_entropy.loss_and_cross_entropy(
-            hidden_ND, table_VD, targets_N, weights_N, chunk=chunk, z_loss=z_loss, axis=_vocabulary_axis()
+            hidden_ND,
+            table_VD,
+            targets_N,
+            weights_N,
+            chunk=chunk,
+            z_loss=z_loss,
+            axis=_vocabulary_axis(),
+            implementation=implementation,
         )
-    loss, cross_entropy = _with_shard(hidden_ND, table_VD, targets_N, weights_N, chunk, z_loss)
+    loss, cross_entropy = _with_shard(hidden_ND, table_VD, targets_N, weights_N, chunk, z_loss, implementation)
     return loss, lax.stop_gradient(cross_entropy)
 
 
@@ -85,9 +107,15 @@ def _whole_width(table_VD: jax.Array, hidden_ND: jax.Array) -> jax.Array:
     return table_VD if table_VD.shape[1] == hidden_ND.shape[1] else gather_parameter(table_VD.astype(hidden_ND.dtype), 1)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@partial(jax.custom_vjp, nondiff_argnums=(4, 5, 6))
 def _with_shard(
-    hidden_ND: jax.Array, shard_VD: jax.Array, targets_N: jax.Array, weights_N: jax.Array, chunk: int, z_loss: float
+    hidden_ND: jax.Array,
+    shard_VD: jax.Array,
+    targets_N: jax.Array,
+    weights_N: jax.Array,
+    chunk: int,
+    z_loss: float,
+    implementation: Implementation | None,
 ) -> tuple[jax.Array, jax.Array]:
     """With a part of the table's width; its gradient is summed over ``fsdp`` in float32 before it is kept."""
     return linear_cross_entropy.loss_and_cross_entropy(
@@ -98,11 +126,18 @@ def _with_shard(
         chunk=chunk,
         z_loss=z_loss,
         axis=_vocabulary_axis(),
+        implementation=implementation,
     )
 
 
 def _with_shard_forward(
-    hidden_ND: jax.Array, shard_VD: jax.Array, targets_N: jax.Array, weights_N: jax.Array, chunk: int, z_loss: float
+    hidden_ND: jax.Array,
+    shard_VD: jax.Array,
+    targets_N: jax.Array,
+    weights_N: jax.Array,
+    chunk: int,
+    z_loss: float,
+    implementation: Implementation | None,
 ) -> tuple[tuple[jax.Array, jax.Array], tuple[jax.Array, jax.Array]]:
     losses, (dhidden_ND, dtable_VD) = linear_cross_entropy.gradients(
         hidden_ND,
@@ -112,12 +147,17 @@ def _with_shard_forward(
         chunk=chunk,
         z_loss=z_loss,
         axis=_vocabulary_axis(),
+        implementation=implementation,
     )
     return losses, (dhidden_ND, sum_into_shard(dtable_VD, 1).astype(shard_VD.dtype))
 
 
 def _with_shard_backward(
-    chunk: int, z_loss: float, kept: tuple[jax.Array, jax.Array], cotangents: tuple[jax.Array, jax.Array]
+    chunk: int,
+    z_loss: float,
+    implementation: Implementation | None,
+    kept: tuple[jax.Array, jax.Array],
+    cotangents: tuple[jax.Array, jax.Array],
 ) -> tuple:
     return *linear_cross_entropy.scaled(kept, cotangents[0]), None, None
 

@@ -59,7 +59,13 @@ def make_train_step(
         hidden_BTD = model(batch, dropout_key=key, row_numbers_B=rows_B)
         table_VD = form.merge(params, frozen).output_table_VD()  # float32: its gradient is summed over chunks in float32
         return loss_and_cross_entropy(
-            hidden_BTD, table_VD, batch.targets, weights_BT, chunk=config.loss_chunk, z_loss=config.z_loss
+            hidden_BTD,
+            table_VD,
+            batch.targets,
+            weights_BT,
+            chunk=config.loss_chunk,
+            z_loss=config.z_loss,
+            implementation=form.config.implementation,
         )
 
     def gradients(params: Tree, frozen: Tree, batch: Batch, step: jax.Array) -> tuple[jax.Array, jax.Array, Tree]:
@@ -117,7 +123,9 @@ def make_valid_step(form: ModelForm, config: TrainConfig, layout: Layout | None 
     def valid_step(params: Tree, frozen: Tree, batch: Batch) -> tuple[jax.Array, jax.Array]:
         hidden_BTD = form.merge(cast(params, dtype), cast(frozen, dtype))(batch)
         table_VD = form.merge(params, frozen).output_table_VD()
-        losses_BT = token_losses(hidden_BTD, table_VD, batch.targets, chunk=config.loss_chunk)
+        losses_BT = token_losses(
+            hidden_BTD, table_VD, batch.targets, chunk=config.loss_chunk, implementation=form.config.implementation
+        )
         sums = jnp.sum(losses_BT * batch.loss_mask), jnp.sum(batch.loss_mask)
         return sums if layout is None else layout.sum_over_batch(sums)
 

@@ -15,6 +15,7 @@ from types import ModuleType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -77,17 +78,29 @@ def call(
     """Stands for :func:`retro_jax.kernels.triton_call.call`. What a kernel does not write is NaN."""
 
     def run(*arrays: Any) -> tuple[np.ndarray, ...]:
-        tensors = [torch.from_numpy(np.array(array)) for array in arrays]
-        results = [torch.from_numpy(np.full(each.shape, _unwritten(each.dtype), each.dtype)) for each in outputs]
+        tensors = [_tensor(np.array(array)) for array in arrays]
+        results = [_tensor(np.full(each.shape, _unwritten(each.dtype), each.dtype)) for each in outputs]
         for number, over in (aliases or {}).items():
             assert (tensors[number].shape, tensors[number].dtype) == (results[over].shape, results[over].dtype)
             results[over] = tensors[number]
         with ONE_AT_A_TIME:
             kernel[grid](*tensors, *results, **constants)
-        return tuple(result.numpy() for result in results)
+        return tuple(_array(result) for result in results)
 
     results = jax.pure_callback(run, tuple(outputs), *inputs)
     return tuple(triton_call.varying(result, inputs) for result in results)
+
+
+def _tensor(array: np.ndarray) -> Any:
+    if array.dtype == jnp.bfloat16:  # NumPy and torch know no common one
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
+
+
+def _array(tensor: Any) -> np.ndarray:
+    if tensor.dtype == torch.bfloat16:
+        return tensor.view(torch.int16).numpy().view(jnp.bfloat16)
+    return tensor.numpy()
 
 
 def _range(*bounds: Any) -> range:
@@ -96,4 +109,4 @@ def _range(*bounds: Any) -> range:
 
 
 def _unwritten(dtype: Any) -> Any:
-    return np.nan if np.issubdtype(dtype, np.floating) else 0
+    return np.nan if jnp.issubdtype(dtype, jnp.floating) else 0

@@ -335,7 +335,10 @@ def test_kernels_compile_without_spills(dtype, gradient_dtype, capability):
     statistics = {"logits": f"*{dtype}", **numbers, "sums": "*fp32", "target_logits": "*fp32"}
     gradient = {"logits": f"*{dtype}", **numbers, "scales": "*fp32", "weights": "*fp32", "gradients": f"*{gradient_dtype}"}
     V = LARGE[2].V
-    for kernel, types, registers in ((kernels.statistics_kernel, statistics, 64), (kernels.gradient_kernel, gradient, 36)):
+    for kernel, types, registers in (
+        (kernels.cross_entropy_statistics, statistics, 64),
+        (kernels.cross_entropy_gradient, gradient, 36),
+    ):
         made = report(kernel, types, {"V": V, "BLOCK": kernels.BLOCK}, capability=capability, num_warps=kernels.WARPS)
         assert made.spills == 0 and made.registers <= registers and made.shared <= 4 * kernels.WARPS
 

@@ -3,21 +3,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
 import jax
 import pytest
+from jax.extend.core import Jaxpr, JaxprEqn
 
 from retro_jax.cli import main
 from retro_jax.config import ChunkConfig, Config, DataConfig, EncoderConfig, EvalConfig, MeshConfig, ModelConfig, RetroConfig
 from retro_jax.errors import UserError
+from retro_jax.kernels.choice import lowering_for_gpu
+from retro_jax.parallel.layout import Layout
 from retro_jax.planning.compiled import CompiledStep, can_compile, compile_step, compiled_collectives, described_mesh
-from retro_jax.planning.plan import Plan, make_plan
-from retro_jax.planning.program import BACKWARD, FORWARD
+from retro_jax.planning.plan import Plan, make_plan, traceable_step
+from retro_jax.planning.program import BACKWARD, FORWARD, inner_jaxprs
 from retro_jax.planning.report import received_by
 from retro_jax.planning.target import TARGETS
 
@@ -107,6 +111,40 @@ def test_memory_grows_with_depth_as_saved_bytes_do(policy: str) -> None:
     saved = of_eight[0].saved["decoder"] - of_four[0].saved["decoder"]
     weights = (of_eight[0].memory["parameters"] - of_four[0].memory["parameters"]) // 4
     assert of_eight[1].temporary - of_four[1].temporary <= 1.05 * (saved + 2 * 2 * weights)
+
+
+@cuda
+@pytest.mark.parametrize(("policy", "forward"), [("none", 1), ("selective", 1), ("offload", 1), ("full", 2)])
+def test_every_kernel_stands_in_the_step(policy: str, forward: int) -> None:
+    """By name, of the step as it is traced for an H100, and as many calls in XLA's program: what a policy saves by name is not
+    computed again."""
+    pytest.importorskip("triton")
+    model = dataclasses.replace(retro_config(), recompute=policy, implementation="triton")
+    config = Config(
+        chunks=CHUNKS, model=model, data=DataConfig(seq_len=512, batch_size=4), mesh=MeshConfig(data=2, tensor=2),
+        evaluation=EvalConfig(window=512, stride=512),
+    )  # fmt: skip
+    layout = Layout(config.mesh, described_mesh(config.mesh, TARGETS["h100"]))
+    step, arguments = traceable_step(config, model, layout)
+    with lowering_for_gpu(90):
+        traced = jax.jit(step, donate_argnums=0).trace(*arguments)
+        program = traced.lower().compile().as_text()
+    # 4 decoder layers, 2 of them with CCA; the encoder's 2 layers, one of which also reads its chunk; the loss, a loop.
+    named = Counter(str(eqn.params["fn"].fn.__name__) for eqn in equations(traced.jaxpr.jaxpr, "triton_kernel_call"))
+    assert named == {
+        "causal_forward": 4 * forward, "causal_query_gradient": 4, "causal_key_gradient": 4,
+        "cca_forward": (2 + 3) * forward, "cca_backward": 2 + 3,
+        "cross_entropy_statistics": 1, "cross_entropy_gradient": 1,
+    }  # fmt: skip
+    assert program is not None and program.count('custom_call_target="triton_kernel_call"') == named.total()
+
+
+def equations(jaxpr: Jaxpr, primitive: str) -> Iterator[JaxprEqn]:
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == primitive:
+            yield eqn
+        for inner in inner_jaxprs(eqn.params):
+            yield from equations(inner, primitive)
 
 
 @cuda
