@@ -49,6 +49,15 @@ class Blocks(NamedTuple):
     stages: int = 1
 
 
+# What `python -m benchmarks.kernels --gpu --tune` tries.
+CANDIDATES = {
+    "forward": tuple(Blocks(64, keys, warps, stages) for keys in (64, 128, 256) for warps in (4, 8) for stages in (1, 2, 3)),
+    "backward": tuple(
+        Blocks(m, keys, warps, stages) for m in (32, 64) for keys in (32, 64, 128) for warps in (4, 8) for stages in (1, 2)
+    ),
+}
+
+
 def forward_blocks(queries: int, keys: int, width: int, dtype: Any) -> Blocks:
     """For so many queries a program could take (those of a chunk, of all heads of a group), keys, and head width.
 
