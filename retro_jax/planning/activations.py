@@ -208,7 +208,7 @@ class _Layer:
             self.rotary("cca", self.length, place.retrieved_len)
         self.operands("cca", keys, queries=queries)
         self.also("cca_mask", keys, size=1)
-        self.also("cca_null", self.heads * C if retro.null_key is not None else 0)
+        self.also("cca_null", self.heads if retro.null_key is not None else 0)
         self.weights_mask("cca", queries * self.heads * keys_a_chunk, self.shape.attention_dropout)
         self.stream_mask("cca")
         self.also("cca_gated", self.own * width if retro.gate == "learned" else 0)

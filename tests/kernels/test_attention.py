@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retro_jax.kernels.attention import CausalMask, KeyMask, Mask, attention
+from retro_jax.kernels.attention import CausalMask, KeyMask, Mask, attention, xla
 from tests.kernels.tolerance import assert_as_good_as, widened
 
 NAMES = ("q", "k", "v", "null")
@@ -71,6 +71,42 @@ def test_xla_is_the_reference_in_float64(groups, mask, null, sizes):
         for name, ours, reference in zip(NAMES, gradients, gradients_reference, strict=True):
             if reference is not None:
                 np.testing.assert_allclose(ours, reference, atol=1e-12, err_msg=name)  # measured 2e-15
+
+
+@pytest.mark.parametrize("start", ["first key", "later"])
+@pytest.mark.parametrize(("length", "dropout"), [(37, 0.0), (37, 0.3), (16, 0.0), (3, 0.0)])
+def test_blocks_of_queries_make_the_whole(monkeypatch, start, length, dropout):
+    """Of 4 queries: 9 blocks in 3 pieces and one query more; 4 pieces of a block; one short block."""
+    monkeypatch.setattr(xla, "BLOCK", 4)
+    with jax.enable_x64(True):
+        arrays, mask, do = problem(8, 2, length, length, 4, 2, 6, mask="causal", null=length == 16, dtype=np.float64)
+        mask = mask._replace(first=None if start == "first key" else np.int32(0))
+        keywords = {"dropout": dropout, "dropout_key": jax.random.key(0)} if dropout else {}
+        jax.clear_caches()  # they know nothing of the block
+        o, gradients = value_and_gradients(arrays, mask, do, "xla", **keywords)
+        o_reference, gradients_reference = value_and_gradients(arrays, mask, do, "reference", **keywords)
+        np.testing.assert_allclose(o, o_reference, atol=1e-13)  # measured 4e-16
+        for name, ours, reference in zip(NAMES, gradients, gradients_reference, strict=True):
+            if reference is not None:
+                np.testing.assert_allclose(ours, reference, atol=1e-12, err_msg=name)  # measured 4e-15
+
+
+@pytest.mark.parametrize("start", ["first key", "later"])
+def test_memory_grows_with_the_length_not_with_its_square(start):
+    """Forward and backward: measured 2.0 from 2,048 to 4,096 tokens, and a sixth of what the weights alone would take."""
+
+    def temporary(length: int) -> int:
+        def run(q, k, v, segments, do):
+            mask = CausalMask(segments, segments, None if start == "first key" else segments[0, 0])
+            return jax.vjp(lambda *arrays: attention(*arrays, mask, implementation="xla"), q, k, v)[1](do)
+
+        rows, segments = (jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in
+                          (((1, length, 4, 16), jnp.float32), ((1, length), jnp.int32)))  # fmt: skip
+        compiled = jax.jit(run).lower(rows, rows, rows, segments, rows).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    assert temporary(4096) < 2.2 * temporary(2048)
+    assert temporary(4096) < 4 * 4096**2 * 4 / 6
 
 
 @given(

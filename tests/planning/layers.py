@@ -15,6 +15,7 @@ from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from retro_jax.config import MeshConfig, ModelConfig
+from retro_jax.kernels.attention import CausalMask, KeyMask
 from retro_jax.model.cca import Neighbours
 from retro_jax.model.decoder import DecoderLayer, Row
 from retro_jax.model.encoder import EncoderLayer, encoder_shape
@@ -63,16 +64,19 @@ def backward_of(model: ModelConfig, kind: LayerKind, place: Place) -> ClosedJaxp
     stream = S((X, R // t, width) if encoder else (B, T // t, width), dtype)
     given: dict[str, Any] = {"key": jax.eval_shape(lambda: jax.random.key(0))}
     if encoder:
-        given |= {"mask": S((X, 1, R), bool), "positions": S((1, R), jnp.int32), "chunk_mask": S((B * L, 1, C), bool)}
+        masks = {"mask": KeyMask(S((X, R), bool)), "chunk_mask": KeyMask(S((B * L, C), bool))}
+        given |= {**masks, "positions": S((1, R), jnp.int32)}
         given |= {"context": S((B * L, C, model.width), dtype), "numbers": S((X, R), jnp.uint32)}
     else:
-        given |= {"mask": S((B, T, T * place.sequence), bool), "positions": S((B, T), jnp.int32), "rows": S((B,), jnp.uint32)}
+        first = S((), jnp.int32) if place.sequence > 1 else None
+        mask = CausalMask(S((B, T), jnp.int32), S((B, T * place.sequence), jnp.int32), first)
+        given |= {"mask": mask, "positions": S((B, T), jnp.int32), "rows": S((B,), jnp.uint32)}
         given |= {"context": S((B, more, K, R, encoded), dtype), "neighbour_mask": S((B, more, K, R), bool)}
         given |= {"reads": S((B, T), bool), "segments": S((B, T), jnp.int32), "numbers": S((B, T), jnp.uint32)}
 
     given["own_numbers"] = S(stream.shape[:2], jnp.uint32)
 
-    def backward(stream: jax.Array, params: list[jax.Array], given: dict[str, jax.Array]) -> list[jax.Array]:
+    def backward(stream: jax.Array, params: list[jax.Array], given: dict[str, Any]) -> list[jax.Array]:
         noise = Noise(given["key"], given["own_numbers"], given["numbers"]) if place.dropout else None
 
         def run(params: list[jax.Array], stream: jax.Array, context: jax.Array) -> jax.Array:
