@@ -27,17 +27,17 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from retro_jax.kernels import triton_call
 from retro_jax.kernels.choice import Implementation, choose
 from retro_jax.kernels.linear_cross_entropy import reference, xla
 from retro_jax.kernels.precision import accumulation_dtype
-from retro_jax.kernels.triton_call import unavailable
 
 Name = Literal["reference", "xla", "triton"]
 NAME = "linear_cross_entropy"
 
 
 def _refuses(hidden_ND: jax.Array) -> str | None:
-    return "its sums are float32" if hidden_ND.dtype == jnp.float64 else unavailable()
+    return "its sums are float32" if hidden_ND.dtype == jnp.float64 else triton_call.unavailable()
 
 
 # Each gives a module with the functions ``losses`` and ``gradients``; Triton is imported when it is wanted, not before.
