@@ -20,6 +20,7 @@ from retro_jax.model.layers import (
     gathered,
     normal,
     parts,
+    product,
     project_in,
     project_out,
     residual_std,
@@ -96,7 +97,7 @@ class AttentionProjections(nnx.Module):
     def project_keys_and_values(self, x: jax.Array) -> jax.Array:
         """[..., D] to [..., 2, G, H] of the key/value heads that this device's query heads read."""
         weight_D2GH, bias_2GH = self.key_value_arrays()
-        kv = jnp.tensordot(x, weight_D2GH, 1)
+        kv = product(x, weight_D2GH)
         return kv if bias_2GH is None else kv + bias_2GH[(None,) * (kv.ndim - 3)]
 
     def key_value_arrays(self) -> tuple[jax.Array, jax.Array | None]:

@@ -20,6 +20,7 @@ from retro_jax.model.layers import (
     gathered,
     parameter,
     parts,
+    product,
     project_in,
     project_out,
     rotate,
@@ -102,7 +103,7 @@ class ChunkedCrossAttention(AttentionProjections):
         weight, bias = self.key_value_arrays()
         e_XRD = e_BLKRD.reshape(-1, *e_BLKRD.shape[3:])
         mixed = causal_convolution(e_XRD, gathered(self.key_conv), jnp.zeros_like(e_XRD[:, :1]), None)
-        k, v = jnp.tensordot(mixed, weight[:, 0], 1), jnp.tensordot(e_XRD, weight[:, 1], 1)
+        k, v = product(mixed, weight[:, 0]), product(e_XRD, weight[:, 1])
         return (k, v) if bias is None else (k + bias[None, None, 0], v + bias[None, None, 1])
 
     def _mix_queries(self, x_BTD: jax.Array, segments_BT: jax.Array) -> jax.Array:

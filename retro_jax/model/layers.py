@@ -106,7 +106,7 @@ class Linear(nnx.Module):
 
     def product(self, x: jax.Array) -> jax.Array:
         """x W, with the part of W that this device computes with."""
-        return jnp.tensordot(x, gathered(self.weight, alone=self.alone), axes=self.in_dims)
+        return product(x, gathered(self.weight, alone=self.alone), self.in_dims)
 
     def add_bias(self, y: jax.Array) -> jax.Array:
         """y + b."""
@@ -114,6 +114,40 @@ class Linear(nnx.Module):
             return y
         bias = gathered(self.bias, alone=self.alone)
         return y + bias[(None,) * (y.ndim - bias.ndim)]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
+def product(x: jax.Array, weight: jax.Array, in_dims: int = 1) -> jax.Array:
+    """x W over the last ``in_dims`` dims of x and the first of W; W's gradient is multiplied as the platform does it fast."""
+    return jnp.tensordot(x, weight, in_dims)
+
+
+def _product_fwd(x: jax.Array, weight: jax.Array, in_dims: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return product(x, weight, in_dims), (x, weight)
+
+
+def _product_bwd(in_dims: int, kept: tuple[jax.Array, jax.Array], dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, weight = kept
+    ins, outs = math.prod(weight.shape[:in_dims]), math.prod(weight.shape[in_dims:])
+
+    def default(x_MI: jax.Array, dy_MO: jax.Array) -> jax.Array:
+        return jnp.matmul(dy_MO.T, x_MI).T
+
+    def on_cpu(x_MI: jax.Array, dy_MO: jax.Array) -> jax.Array:
+        # The barriers keep XLA from computing dy a second time in the other order, and from turning the larger of the two
+        # (8192 tokens, 256 to 1024 columns: 32 ms; 1024 to 256: 37 against 54 ms).
+        dy_MO = jax.lax.optimization_barrier(dy_MO)
+        if ins <= outs:
+            return jnp.matmul(x_MI.T, dy_MO)
+        return jax.lax.optimization_barrier(jnp.matmul(jax.lax.optimization_barrier(dy_MO.T), x_MI)).T
+
+    dy_MO = dy.reshape(-1, outs)
+    dweight = jax.lax.platform_dependent(x.reshape(-1, ins), dy_MO, cpu=on_cpu, default=default)
+    dx = jnp.matmul(dy_MO, weight.reshape(ins, outs).T)
+    return dx.reshape(x.shape), dweight.reshape(weight.shape)
+
+
+product.defvjp(_product_fwd, _product_bwd)
 
 
 def project_in(x_XTD: jax.Array, *linears: Callable[[jax.Array], jax.Array], part: Part) -> tuple[jax.Array, ...]:
