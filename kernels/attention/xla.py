@@ -20,14 +20,16 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from retro_jax.kernels.attention.masks import CausalMask, Mask
+from retro_jax.kernels.choice import runs_on_gpu
 from retro_jax.kernels.precision import accumulation_dtype
 
 # Stands for -inf where a finite number keeps exp and differences free of NaN.
 LOWEST = -1e30
 # Weights of a problem from which on turning is worth its copies.
 TURNED_FROM = 128 * 128
-# Queries of a block, and the most pieces of blocks that a causal mask is cut into: XLA compiles each of them.
-BLOCK = 128
+# Queries of a block: few where the caches are to hold their weights, more where launches cost. And the most pieces of blocks that
+# a causal mask is cut into: XLA compiles each of them.
+CPU_BLOCK, GPU_BLOCK = 128, 512
 PIECES = 4
 
 
@@ -104,7 +106,7 @@ def _pieces(operands: _Operands) -> list[_Piece]:
     Q, S, mask = operands.q_XGMQH.shape[3], operands.k_XGSH.shape[2], operands.mask
     if not isinstance(mask, CausalMask):
         return [_Piece(0, 1, Q, S)]
-    block = min(Q, BLOCK)
+    block = min(Q, GPU_BLOCK if runs_on_gpu() else CPU_BLOCK)
     blocks, rest = divmod(Q, block)
     from_first_key = mask.first is None and Q == S
     each = -(-blocks // PIECES) if from_first_key else blocks

@@ -22,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from retro_jax.config import Config, ModelConfig, TrainConfig
 from retro_jax.data.batch import Batch
+from retro_jax.kernels.choice import lowering_for_gpu
 from retro_jax.model.division import encodes_own_chunks
 from retro_jax.parallel.axes import AXES, TENSOR
 from retro_jax.parallel.layout import Layout
@@ -107,7 +108,8 @@ def make_plan(config: Config, model: ModelConfig) -> Plan:
     layout = abstract_layout(config)
     training, form, _ = prepared(config, model)
     step, (state, batch) = traceable_step(config, model, layout)
-    program = jax.make_jaxpr(step)(state, batch)
+    with lowering_for_gpu(90):
+        program = jax.make_jaxpr(step)(state, batch)
     part = abstract_batch(config, model, layout, parts=training.accumulate)
     computing = layout.computing
     saved = _saved(model, training, computing, part)

@@ -77,7 +77,7 @@ def test_xla_is_the_reference_in_float64(groups, mask, null, sizes):
 @pytest.mark.parametrize(("length", "dropout"), [(37, 0.0), (37, 0.3), (16, 0.0), (3, 0.0)])
 def test_blocks_of_queries_make_the_whole(monkeypatch, start, length, dropout):
     """Of 4 queries: 9 blocks in 3 pieces and one query more; 4 pieces of a block; one short block."""
-    monkeypatch.setattr(xla, "BLOCK", 4)
+    monkeypatch.setattr(xla, "CPU_BLOCK", 4)
     with jax.enable_x64(True):
         arrays, mask, do = problem(8, 2, length, length, 4, 2, 6, mask="causal", null=length == 16, dtype=np.float64)
         mask = mask._replace(first=None if start == "first key" else np.int32(0))
