@@ -213,7 +213,7 @@ def test_the_interpreter_is_wrong_in_bfloat16() -> None:
     np.testing.assert_allclose(attention(half, half, half, implementation="triton").astype(jnp.float32), right, atol=0.05)
 
 
-@pytest.mark.parametrize("policy", ["none", "selective"])
+@pytest.mark.parametrize("policy", [pytest.param("none", marks=pytest.mark.slow), "selective"])
 def test_a_whole_model_by_triton_alone(policy: str) -> None:
     """Loss and every gradient of a Retro with grouped queries, RETRO's chunks made small: those of the XLA form."""
     chunks = ChunkConfig(chunk_len=4, num_neighbours=2, retrieved_len=8)
