@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from retro_jax.config import ChunkConfig, TrainConfig
+from retro_jax.config import ChunkConfig, ModelConfig, TrainConfig
 from retro_jax.data.held_out import held_out_rows
 from retro_jax.data.reader import RowReader
 from retro_jax.evaluation import scores as scores_module
@@ -25,7 +25,7 @@ class FirstNeighbourToken(nnx.Module):
     """Puts ``SCALE`` more on the first token of each chunk's first neighbour; the same logit everywhere without."""
 
     def __init__(self) -> None:
-        self.table = nnx.Param(jnp.eye(V))
+        self.table, self.config = nnx.Param(jnp.eye(V)), ModelConfig(retro=None)
 
     def __call__(self, batch, *, retrieval=True):
         if not retrieval:
