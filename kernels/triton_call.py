@@ -13,15 +13,13 @@ import jax.numpy as jnp
 
 from retro_jax.kernels.choice import gpu_capability, runs_on_gpu
 
-MEND = "install retro-jax[gpu]"
-
 
 def unavailable() -> str | None:
     """Why no Triton kernel can run in this process; None where they can."""
     if not runs_on_gpu():
         return "it needs a GPU"
     if find_spec("jax_triton") is None:
-        return f"jax-triton is not installed; {MEND}"
+        return "jax-triton is not installed: pip install -e '.[gpu]'"
     return None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -50,6 +51,8 @@ def make_train_step(
     """
     dtype = compute_dtype(config)
     gathers_once = layout is not None and layout.gathers_once
+    how = form.config.implementation
+    losses = partial(loss_and_cross_entropy, chunk=config.loss_chunk, z_loss=config.z_loss, implementation=how)
 
     def loss_of(
         params: Tree, frozen: Tree, batch: Batch, weights_BT: jax.Array, rows_B: jax.Array, key: jax.Array
@@ -58,15 +61,7 @@ def make_train_step(
         model = form.merge(cast(params, dtype), cast(frozen, dtype))
         hidden_BTD = model(batch, dropout_key=key, row_numbers_B=rows_B)
         table_VD = form.merge(params, frozen).output_table_VD()  # float32: its gradient is summed over chunks in float32
-        return loss_and_cross_entropy(
-            hidden_BTD,
-            table_VD,
-            batch.targets,
-            weights_BT,
-            chunk=config.loss_chunk,
-            z_loss=config.z_loss,
-            implementation=form.config.implementation,
-        )
+        return losses(hidden_BTD, table_VD, batch.targets, weights_BT)
 
     def gradients(params: Tree, frozen: Tree, batch: Batch, step: jax.Array) -> tuple[jax.Array, jax.Array, Tree]:
         """Loss, number of targets, and the gradient of ``params``; on a mesh those of the whole batch from this device's part."""

@@ -346,5 +346,5 @@ def test_kernels_compile_without_spills(dtype, gradient_dtype, capability):
 def test_a_triton_that_is_not_installed_is_named(monkeypatch):
     monkeypatch.setattr(triton_call, "find_spec", lambda name: None)
     hidden, table, targets, weights = problem(SMALL[1])
-    with lowering_for_gpu(90), pytest.raises(ValueError, match=r"jax-triton is not installed; install retro-jax\[gpu\]"):
+    with lowering_for_gpu(90), pytest.raises(ValueError, match=r"jax-triton is not installed: pip install -e '\.\[gpu\]'"):
         weighted_loss(hidden, table, targets, weights, chunk=4, implementation="triton")
