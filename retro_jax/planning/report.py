@@ -62,9 +62,12 @@ def print_plan(plan: Plan, target: Target, console: Console, compiled: CompiledS
     if compiled is not None:
         print_exchanges(plan, compiled, console)
     again, most = plan.hardware_flops / plan.model_flops - 1, plan.model_flops / longest / target.flops
+    computed = f"{again:.1%} more than the model's own are computed"
+    if again < 0.0:
+        computed = f"{-again:.1%} fewer than the model's own, which count hidden keys, are computed"
     console.print(
         f"The limit is {bound}: a step takes {in_seconds(longest)} or more, at most {most:.0%} MFU if all overlaps. Of products, "
-        f"{again:.1%} more than the model's own are computed. A checkpoint is {in_bytes(plan.checkpoint)}."
+        f"{computed}. A checkpoint is {in_bytes(plan.checkpoint)}."
     )
 
 
