@@ -17,6 +17,7 @@ from retro_jax.data.pipeline import ALL, training_batches
 from retro_jax.data.reader import RowReader, open_reader
 from retro_jax.data.training_rows import describe_rows, training_rows
 from retro_jax.errors import UserError
+from retro_jax.kernels import triton_call
 from retro_jax.model import count_parameters, with_vocab
 from retro_jax.parallel.axes import AXES
 from retro_jax.parallel.layout import make_layout
@@ -62,11 +63,22 @@ def check_run(config: Config, workdir: Path) -> None:
     """Refuse what could not be trained, before work is spent on the data; say where devices are left idle.
 
     Raises:
-        UserError: the mesh is larger than this machine or does not divide a model, with what to change; or a model cannot start
-            from ``TrainConfig.start_from``, with the settings that it needs.
+        UserError: the mesh is larger than this machine or does not divide a model, with what to change; the kernels that are
+            asked for cannot run here; or a model cannot start from ``TrainConfig.start_from``, with the settings that it needs.
     """
+    _check_kernels(config.model)
     _check_mesh(config)
     _check_start(config, workdir)
+
+
+def _check_kernels(model: ModelConfig) -> None:
+    if model.implementation != "triton":
+        return
+    reason = triton_call.unavailable()
+    if reason is None and model.attention_dropout:
+        reason = f"its causal kernels have no dropout of weights, and ModelConfig.attention_dropout={model.attention_dropout}"
+    if reason is not None:
+        raise UserError(f"ModelConfig.implementation='triton' cannot run: {reason}; or leave the setting out for XLA's form")
 
 
 def model_configs(config: Config, tokenizer_size: int) -> dict[str, ModelConfig]:

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import random
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -25,10 +26,12 @@ from retro_jax.config import (
     TrainConfig,
 )
 from retro_jax.errors import UserError
+from retro_jax.kernels import triton_call
 from retro_jax.prepare import Prepared, prepare
 from retro_jax.training.checkpoint import load_model
 from retro_jax.training.metrics import METRICS, read_lines
-from retro_jax.training.train import model_configs, train_all, validation_batches
+from retro_jax.training.train import check_run, model_configs, train_all, validation_batches
+from tests.training.tiny import tiny_config
 
 CHUNKS = ChunkConfig(chunk_len=8, retrieved_len=16)
 
@@ -124,3 +127,14 @@ def test_a_vocabulary_below_the_tokenizers_is_refused(config: Config) -> None:
     small = dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=300))
     with pytest.raises(UserError, match="ModelConfig.vocab_size=300 is below the tokenizer's 384"):
         model_configs(small, 384)
+
+
+def test_kernels_that_cannot_run_here_are_told_before_the_data(tmp_path: Path) -> None:
+    config = tiny_config()
+    by_triton = dataclasses.replace(config, model=dataclasses.replace(config.model, implementation="triton"))
+    with pytest.raises(UserError, match="ModelConfig.implementation='triton' cannot run: it needs a GPU; or leave"):
+        check_run(by_triton, tmp_path)
+    dropped = dataclasses.replace(by_triton, model=dataclasses.replace(by_triton.model, attention_dropout=0.1))
+    told = "no dropout of weights, and ModelConfig.attention_dropout=0.1"
+    with mock.patch.object(triton_call, "unavailable", return_value=None), pytest.raises(UserError, match=told):
+        check_run(dropped, tmp_path)
