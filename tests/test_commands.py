@@ -189,6 +189,7 @@ def test_print_config_and_dry_run_write_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_retro_from_the_gpt_of_a_run(trained: tuple[list[str], str], tmp_path: Path) -> None:
     arguments, _ = trained
     workdir = Path(arguments[arguments.index("--workdir") + 1])
@@ -216,7 +217,7 @@ def test_dry_run_of_a_run_that_is_done(trained: tuple[list[str], str]) -> None:
     assert "model retro: step 8 is done, 2 to go" in dry.stdout
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)])
 def test_a_signal_saves_and_the_same_command_continues(tmp_path: Path, number: signal.Signals, code: int) -> None:
     arguments = ["--config", str(write_config(tmp_path)), "--workdir", str(tmp_path / "run"), "--set", "TrainConfig.baselines=()"]
     command = [sys.executable, "train.py", *arguments, "--set", "TrainConfig.steps=1000000"]

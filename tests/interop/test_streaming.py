@@ -49,6 +49,7 @@ def conversions(folder: Path, *, ranks: int = 2) -> dict[str, list[object]]:
     }
 
 
+@pytest.mark.slow
 def test_memory_is_that_of_some_tensors(tmp_path: Path) -> None:
     """After the conversion of a tiny model, which loads the libraries. Measured: at most 76 MiB of 260."""
     folders = {"tiny": retro(64, 2, 64, cca_every=1), "large": retro(512, 14, 4096, cca_every=1)}

@@ -36,6 +36,10 @@ def _interpreted() -> Iterator[None]:
         yield
 
 
+def quick_first(*quick, slow) -> list:
+    return [*quick, *(pytest.param(*case, marks=pytest.mark.slow) for case in slow)]
+
+
 def hold(run, arrays, do) -> None:
     """``run`` as Triton and plainly in the same dtype, against the reference in float64; what the reference does in float32 is
     plain, and what the XLA form does in float16. NumPy, with which the interpreter computes, sums less exactly than XLA."""
@@ -60,7 +64,17 @@ def hold(run, arrays, do) -> None:
 
 
 @pytest.mark.parametrize(
-    ("shape", "dtype"), [*((shape, np.float32) for shape in shapes.SMALL), *((shape, np.float16) for shape in shapes.SMALL[:3])]
+    ("shape", "dtype"),
+    quick_first(
+        (shapes.SMALL[0], np.float32),  # remainders, grouped queries
+        (shapes.SMALL[4], np.float32),  # many keys: dQ has a kernel of its own
+        (shapes.SMALL[1], np.float16),
+        slow=[
+            *((shape, np.float32) for shape in shapes.SMALL[1:4]),
+            (shapes.SMALL[0], np.float16),
+            (shapes.SMALL[2], np.float16),
+        ],
+    ),
 )
 def test_chunked_cross_attention(shape: shapes.Shape, dtype: type) -> None:
     B, T, L, C, S, N, G, H = shape
@@ -77,7 +91,11 @@ def test_chunked_cross_attention(shape: shapes.Shape, dtype: type) -> None:
 
 @pytest.mark.parametrize(
     ("shape", "dtype"),
-    [*((shape, np.float32) for shape in attention_shapes.SMALL), *((shape, np.float16) for shape in attention_shapes.SMALL[1:])],
+    quick_first(
+        (attention_shapes.SMALL[1], np.float32),
+        (attention_shapes.SMALL[2], np.float16),
+        slow=[(attention_shapes.SMALL[i], dtype) for i, dtype in ((0, np.float32), (2, np.float32), (1, np.float16))],
+    ),
 )
 def test_attention(shape: attention_shapes.Shape, dtype: type) -> None:
     X, Q, S, N, G, H = shape

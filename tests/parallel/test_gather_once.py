@@ -19,11 +19,11 @@ def once(**mesh: int) -> MeshConfig:
 @pytest.mark.parametrize(
     ("form", "mesh", "accumulate", "policy", "trained"),
     [
-        ("gpt", {"fsdp": 4}, 2, "none", "all"),
         ("retro", {"fsdp": 2, "tensor": 2}, 4, "selective", "all"),
         *(
             pytest.param(*case, marks=pytest.mark.slow)
             for case in [
+                ("gpt", {"fsdp": 4}, 2, "none", "all"),
                 ("gpt", {"fsdp": 2}, 1, "full", "all"),
                 ("gpt", {"data": 2, "fsdp": 2, "tensor": 2}, 2, "selective", "all"),
                 ("gpt", {"fsdp": 2, "tensor": 4}, 4, "none", "all"),

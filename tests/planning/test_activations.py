@@ -57,7 +57,7 @@ def test_a_layer_keeps_what_its_names_say(kind: LayerKind, policy: str) -> None:
         assert of_formula(options, kind, wide) == traced_bytes(options, kind, wide), place
 
 
-@pytest.mark.parametrize("kind", ["cca", "conditioned encoder"])
+@pytest.mark.parametrize("kind", [pytest.param("cca", marks=pytest.mark.slow), "conditioned encoder"])
 def test_an_exception_changes_what_it_names(kind: LayerKind) -> None:
     """Each name of the layer computed again where the others are saved, and saved where the others are computed again."""
     place = divided(tensor=2)

@@ -91,7 +91,7 @@ def eight_devices() -> jax.sharding.Mesh:
     return jax.make_mesh((8,), ("tensor",), axis_types=(AxisType.Auto,), devices=jax.devices()[:8])
 
 
-@pytest.mark.parametrize("name", FORMS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] if name == "tensor" else []) for name in FORMS])
 def test_the_forms_compute_the_same(name: str, arrays: Arrays, expected: list[np.ndarray]) -> None:
     """The stream and every gradient, on 8 devices and on one, are those of the plain layer."""
     form = FORMS[name]

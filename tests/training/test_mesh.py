@@ -43,10 +43,16 @@ def assert_same_losses(folder: Path, expected: Path) -> None:
             np.testing.assert_allclose(line[name], value, rtol=1e-5, err_msg=f"{name} at step {want['step']}")
 
 
-def test_a_run_goes_on_on_other_meshes(alone: Path, tmp_path: Path) -> None:
-    """Dropout, neighbour dropout and all: 4 steps each on two meshes, the last 4 by one device."""
-    meshes = {0: MeshConfig(data=2, sequence=2), 4: MeshConfig(fsdp=2, tensor=2, sequence=2), 8: MeshConfig()}
-    for done, mesh in meshes.items():
+@pytest.mark.parametrize(
+    "meshes",
+    [
+        [{"fsdp": 2, "tensor": 2}, {}],
+        pytest.param([{"data": 2, "sequence": 2}, {"fsdp": 2, "tensor": 2, "sequence": 2}, {}], marks=pytest.mark.slow),
+    ],
+)
+def test_a_run_goes_on_on_other_meshes(alone: Path, tmp_path: Path, meshes: list[dict[str, int]]) -> None:
+    """Dropout, neighbour dropout and all: 4 steps on each mesh but the last one, which is one device and does the others."""
+    for done, mesh in ((4 * number, MeshConfig(**sizes)) for number, sizes in enumerate(meshes)):
         for step in range(done + 4, 13, 4):
             shutil.rmtree(tmp_path / "checkpoints" / str(step), ignore_errors=True)
         assert run(tmp_path, tiny_config(mesh, keep=3)) == 12 - done

@@ -72,10 +72,7 @@ def logits(model: Retro) -> np.ndarray:
 
 @pytest.mark.parametrize(
     "form",
-    [
-        pytest.param(form, marks=[] if form in ("GPT, biases", "all that helps a small Retro") else pytest.mark.slow)
-        for form in FORMS
-    ],
+    [pytest.param(form, marks=[] if form == "all that helps a small Retro" else pytest.mark.slow) for form in FORMS],
 )
 def test_a_retro_starts_as_the_gpt_bit_for_bit(form: str, tmp_path: Path) -> None:
     config = FORMS[form]
