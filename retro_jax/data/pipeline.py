@@ -25,6 +25,8 @@ from retro_jax.errors import UserError
 
 THREADS = 2
 ALL = slice(None)
+# Rows enough for any run. Without an end grain counts batches of one row in floating point, to one more than an index can be.
+ENDLESS = 2**53
 
 BatchAndIds = tuple[Batch, np.ndarray]
 
@@ -110,7 +112,8 @@ def training_batches(
         weights: each source's share of rows; None: every row once an epoch. Rows are reshuffled each epoch.
         rows_here: which rows of a batch this process reads.
     """
-    batches = row_numbers(rows, config.seed, weights).batch(config.batch_size).map(_Read(rows, reader, rows_here))
+    numbers = row_numbers(rows, config.seed, weights)[:ENDLESS].batch(config.batch_size)
+    batches = numbers.map(_Read(rows, reader, rows_here))
     return TrainingBatches(batches, config, num_rows=len(rows))
 
 
