@@ -48,7 +48,7 @@ SHAPES = {
     "papers (B 8, T 2048, m 64, k 2, r 128)": (8, 2048, ChunkConfig(chunk_len=64, num_neighbours=2, retrieved_len=128)),
 }
 SIDES = ("gathered", "joined", "two_look_ups")
-WARM_BATCHES, COLD_BATCHES, STALL_BATCHES = 4, 16, 21
+WARM_BATCHES, COLD_BATCHES, STALL_BATCHES = 4, 4, 21
 STEP_SECONDS = (0.05, 0.2)
 RESULTS = Path(__file__).parent / "results" / "input_pipeline.json"
 
