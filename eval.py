@@ -34,7 +34,7 @@ def execute(run: Run, arguments: argparse.Namespace) -> None:
 
     refuse_other_config(run)
     keep_freed_memory()
-    prepared = prepare(run.config, run.data_dir)
+    prepared = prepare(run.config, run.data_dir, join=False)
     evaluate_trained(run.config, prepared, run.workdir, report_console(), arguments.checkpoint)
     print(f"written to {run.workdir}/evaluation")
 

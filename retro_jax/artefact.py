@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
@@ -31,6 +32,7 @@ BLOCKS = "blocks"
 DROPPED = "dropped"
 # Larger files are checked by size alone when an artefact is opened, and by checksum on request.
 CHECKSUM_ON_OPEN_BYTES = 256 * 2**20
+Checksums = Literal["none", "small", "all"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,7 @@ def build_artefact(
     settings: Mapping,
     inputs: Mapping[str, str],
     make: Callable[[Path], Mapping],
+    checksums: Checksums = "small",
 ) -> Artefact:
     """Open the artefact at ``path``, or build it.
 
@@ -77,6 +80,7 @@ def build_artefact(
         inputs: fingerprints of what it is made from.
         make: called with a folder that may hold blocks of an earlier, killed run; writes the artefact's files there and
             returns the summary. Files in its ``blocks`` subfolder are dropped when it returns.
+        checksums: how it is checked where it stands; see :func:`open_artefact`.
 
     Raises:
         UserError: it stands there with other settings or inputs, or the disk is full.
@@ -84,7 +88,7 @@ def build_artefact(
     path = Path(path)
     plan = {"kind": kind, "format_version": FORMAT_VERSION, "settings": _plain(settings), "inputs": dict(inputs)}
     if (path / MANIFEST).exists():
-        artefact = open_artefact(path, kind)
+        artefact = open_artefact(path, kind, checksums=checksums)
         _refuse_other(path, plan, artefact.manifest)
         return artefact
     partial = path.with_name(path.name + ".partial")
@@ -111,9 +115,9 @@ def build_artefact(
     return Artefact(path, manifest)
 
 
-def open_artefact(path: Path, kind: str, *, checksums: str = "small") -> Artefact:
-    """Open a complete artefact after checking its kind, version, file sizes and checksums ("small": of files up to 256 MiB,
-    "all": of every file).
+def open_artefact(path: Path, kind: str, *, checksums: Checksums = "small") -> Artefact:
+    """Open a complete artefact after checking its kind, version, file sizes and checksums ("none": sizes alone, "small": of files
+    up to 256 MiB, "all": of every file).
 
     Raises:
         UserError: it is missing, of another kind or version, truncated or corrupted.
@@ -201,14 +205,14 @@ def _file_facts(partial: Path) -> dict:
     return facts
 
 
-def _check_file(folder: Path, name: str, facts: Mapping, checksums: str) -> None:
+def _check_file(folder: Path, name: str, facts: Mapping, checksums: Checksums) -> None:
     path = folder / name
     if not path.exists():
         raise UserError(f"{path} is missing; {_rebuild_hint(folder)}")
     stat = path.stat()
     if stat.st_size != facts["bytes"]:
         raise UserError(f"{path} has {stat.st_size} bytes instead of {facts['bytes']} (truncated?); {_rebuild_hint(folder)}")
-    checked = checksums == "all" or stat.st_size <= CHECKSUM_ON_OPEN_BYTES
+    checked = checksums == "all" or (checksums == "small" and stat.st_size <= CHECKSUM_ON_OPEN_BYTES)
     if checked and _digest_file(path, stat.st_size, stat.st_mtime_ns) != facts["sha256"]:
         raise UserError(f"{path} is corrupted (its checksum is not the manifest's); {_rebuild_hint(folder)}")
 

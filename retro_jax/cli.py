@@ -35,6 +35,7 @@ FREE_FIELDS = (
     "CorpusConfig.block_documents",
     "RetrievalConfig.workers",
     "RetrievalConfig.block_chunks",
+    "DataConfig.rows",
     "DataConfig.workers",
     "DataConfig.prefetch",
     "ModelConfig.implementation",
@@ -172,6 +173,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     stages.add_argument("--rebuild", metavar="STAGE", help="remove this artefact and those made from it first, then build them")
     stages.add_argument("--verify", action="store_true", help="check the checksums of what is built, and build nothing")
+    stages.add_argument(
+        "--join", action="store_true", help="also store training rows with their neighbours inline, for network file systems"
+    )
+    stages.add_argument(
+        "--join-epochs", type=int, metavar="N", help="how many epochs of them (default: as many rows as TrainConfig.steps read)"
+    )
     commands.add_parser(
         "prepare",
         parents=[stages],
@@ -285,6 +292,10 @@ def _convert(arguments: argparse.Namespace) -> None:
 def _prepare(arguments: argparse.Namespace) -> None:
     from retro_jax.prepare import prepare, remove_stage, verify  # faiss and scikit-learn are not needed for --help
 
+    if arguments.join_epochs is not None and arguments.join_epochs < 1:
+        raise UserError(f"--join-epochs {arguments.join_epochs} must be at least 1")
+    if arguments.join or arguments.join_epochs or arguments.rebuild == "joined":
+        arguments.overrides.append("DataConfig.rows=joined")
     run = run_of(arguments)
     if arguments.verify:
         verify(run.data_dir)
@@ -293,7 +304,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
     if arguments.rebuild:
         for stage in remove_stage(run.data_dir, arguments.rebuild):
             print(f"{stage:<11} removed")
-    prepare(run.config, run.data_dir)
+    prepare(run.config, run.data_dir, join_epochs=arguments.join_epochs)
     store_config(run)
     print(f"ready in {run.data_dir}; train on it with: python train.py {same_arguments(run, arguments)}")
 

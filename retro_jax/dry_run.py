@@ -6,9 +6,11 @@ from pathlib import Path
 
 from retro_jax.artefact import open_artefact
 from retro_jax.cli import Run
+from retro_jax.data.join import row_record, rows_to_join, space_needed
 from retro_jax.gin_config import config_text
 from retro_jax.model import count_parameters
 from retro_jax.prepare import built_stages
+from retro_jax.retrieval.memory import in_words
 from retro_jax.training.train import check_run, model_configs
 
 
@@ -21,10 +23,13 @@ def describe_run(run: Run) -> str:
     """
     check_run(run.config, run.workdir)
     states = built_stages(run.data_dir)
+    if run.config.data.rows == "joined":
+        states.setdefault("joined", "missing")
     parts = [
         config_text(run.config),
         f"workdir: {run.workdir} ({'there' if run.workdir.exists() else 'to be made'})",
         "data: " + ", ".join(f"{stage} {'to build' if state == 'missing' else state}" for stage, state in states.items()),
+        *_joined(run, states),
         *_models(run, states),
         *([f"starts from: {run.config.training.start_from}"] if run.config.training.start_from else []),
         *_steps(run, states),
@@ -32,17 +37,27 @@ def describe_run(run: Run) -> str:
     return "\n".join(parts)
 
 
-def _models(run: Run, states: dict[str, str]) -> list[str]:
-    config, tokenizer = run.config, run.config.tokenizer
+def _vocab_size(run: Run, states: dict[str, str]) -> int | None:
+    """None: not known before the tokenizer is loaded."""
     if states["tokenizer"] == "built":
-        vocab = int(open_artefact(run.data_dir / "tokenizer", "tokenizer").summary["vocab_size"])
-    elif tokenizer.kind == "train_bpe":
-        vocab = tokenizer.vocab_size
-    elif config.model.vocab_size is not None:
-        vocab = config.model.vocab_size
-    else:
-        return [f"parameters: known when the tokenizer {tokenizer.path} is loaded (run prepare), or with ModelConfig.vocab_size"]
-    models = model_configs(config, vocab)
+        return int(open_artefact(run.data_dir / "tokenizer", "tokenizer").summary["vocab_size"])
+    return run.config.tokenizer.vocab_size if run.config.tokenizer.kind == "train_bpe" else run.config.model.vocab_size
+
+
+def _joined(run: Run, states: dict[str, str]) -> list[str]:
+    vocab = _vocab_size(run, states)
+    if run.config.data.rows == "gathered" or states["joined"] == "built" or vocab is None:
+        return []
+    record, rows = row_record(run.config, vocab), rows_to_join(run.config)
+    return [f"joined: {rows:,} training rows of {record.dtype.itemsize:,} bytes, at most {in_words(space_needed(rows, record))}"]
+
+
+def _models(run: Run, states: dict[str, str]) -> list[str]:
+    vocab = _vocab_size(run, states)
+    if vocab is None:
+        path = run.config.tokenizer.path
+        return [f"parameters: known when the tokenizer {path} is loaded (run prepare), or with ModelConfig.vocab_size"]
+    models = model_configs(run.config, vocab)
     return [f"model {name}: {count_parameters(model):,} parameters" for name, model in models.items()]
 
 

@@ -1,12 +1,14 @@
-"""The data stages in their order: documents -> tokenizer -> tokens -> chunks -> neighbours, each skipped where it stands."""
+"""The data stages in their order: documents -> tokenizer -> tokens -> chunks -> neighbours, each skipped where it stands; and the
+training rows joined with their neighbours, where they are asked for."""
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from retro_jax.artefact import MANIFEST, Artefact, open_artefact, remove_artefact
 from retro_jax.config import SPLITS, Config, Split
@@ -17,6 +19,9 @@ from retro_jax.corpus.tokenizer_stage import build_tokenizer
 from retro_jax.errors import UserError
 from retro_jax.retrieval.neighbours import NeighbourTable, build_neighbours
 from retro_jax.retrieval.ngrams import NgramLookup, build_ngrams
+
+if TYPE_CHECKING:
+    from retro_jax.data.joined_rows import JoinedRows
 
 # What each artefact is made from, in the order in which they are made. Its folder and its kind have the same name.
 MADE_FROM = {
@@ -30,22 +35,33 @@ MADE_FROM = {
     "neighbours": ("index",),
 }
 STAGES = tuple(MADE_FROM)
+# Made only where the config asks for it.
+ON_REQUEST = {"joined": ("chunks", "neighbours")}
 Made = TypeVar("Made")
 
 
 @dataclass(frozen=True)
 class Prepared:
     """What training and evaluation read; ``ngrams`` looks up training text, ``fingerprints`` by artefact are for what is made
-    from them."""
+    from them. ``joined``: the training rows in that form, where ``DataConfig.rows`` says so."""
 
     tokenizer: Tokenizer
     tables: dict[Split, ChunkTable]
     neighbours: dict[Split, NeighbourTable]
     ngrams: NgramLookup
     fingerprints: dict[str, str]
+    joined: JoinedRows | None = None
 
 
-def prepare(config: Config, data_dir: Path, report: Callable[[str], None] = print, *, build: bool = True) -> Prepared:
+def prepare(
+    config: Config,
+    data_dir: Path,
+    report: Callable[[str], None] = print,
+    *,
+    build: bool = True,
+    join: bool = True,
+    join_epochs: int | None = None,
+) -> Prepared:
     """Build what is missing in ``data_dir`` and open it; one line to ``report`` for each artefact.
 
     Args:
@@ -53,20 +69,24 @@ def prepare(config: Config, data_dir: Path, report: Callable[[str], None] = prin
         data_dir: the artefacts' folder.
         report: takes the lines.
         build: False opens only, for one of several processes.
+        join: False leaves joined rows alone, whatever ``DataConfig.rows`` says: only training reads them.
+        join_epochs: store the rows of so many epochs; None: as many as ``TrainConfig.steps`` read.
 
     Raises:
         UserError: a source is wrong, an artefact was built with other settings or from other inputs, or the disk is full; or
             something is missing that is not to be built.
     """
     data_dir = Path(data_dir)
-    missing = [stage for stage, state in built_stages(data_dir).items() if state != "built"]
+    join = join and config.data.rows == "joined"
+    wanted, states = (*STAGES, *(ON_REQUEST if join else ())), built_stages(data_dir)
+    missing = [stage for stage in wanted if states.get(stage) != "built"]
     if missing and not build:
         raise UserError(
             f"{data_dir} has no {missing[0]}, and several processes do not build data together; "
             "run python -m retro_jax prepare once, with the same --config, --workdir and --set"
         )
     data_dir.mkdir(parents=True, exist_ok=True)
-    stages = _Stages(data_dir, report)
+    stages = _Stages(data_dir, wanted, report)
     stages.run(lambda: build_tokenizer(config.tokenizer, config.corpus, data_dir))
     tokenizer = load_tokenizer(data_dir / "tokenizer")
     stages.run(lambda: build_tokens(config.corpus, data_dir))
@@ -76,17 +96,22 @@ def prepare(config: Config, data_dir: Path, report: Callable[[str], None] = prin
     neighbours = stages.run(lambda: build_neighbours(config.retrieval, data_dir, tables, config.chunks))
     read = ("tokenizer", "tokens", "chunks", "ngrams", "neighbours")
     fingerprints = {name: open_artefact(data_dir / name, name).fingerprint for name in read}
-    return Prepared(tokenizer, tables, neighbours, ngrams, fingerprints)
+    prepared = Prepared(tokenizer, tables, neighbours, ngrams, fingerprints)
+    if not join:
+        return prepared
+    from retro_jax.data.join import build_joined  # and grain, which nothing else here needs
+
+    return dataclasses.replace(prepared, joined=stages.run(lambda: build_joined(config, data_dir, prepared, epochs=join_epochs)))
 
 
 def built_stages(data_dir: Path) -> dict[str, str]:
-    """For each stage "built", "unfinished" (a killed run left blocks) or "missing"."""
+    """For each stage "built", "unfinished" (a killed run left blocks) or "missing"; one on request only where it is begun."""
     states = {}
-    for stage in STAGES:
+    for stage in (*STAGES, *ON_REQUEST):
         path = Path(data_dir) / stage
         unfinished = path.with_name(stage + ".partial").exists()
         states[stage] = "built" if (path / MANIFEST).exists() else "unfinished" if unfinished else "missing"
-    return states
+    return {stage: state for stage, state in states.items() if stage in STAGES or state != "missing"}
 
 
 def remove_stage(data_dir: Path, stage: str) -> list[str]:
@@ -95,13 +120,14 @@ def remove_stage(data_dir: Path, stage: str) -> list[str]:
     Raises:
         UserError: there is no such stage.
     """
-    if stage not in STAGES:
-        raise UserError(f"--rebuild {stage} names no stage; choose one of {', '.join(STAGES)}")
+    made_from = {**MADE_FROM, **ON_REQUEST}
+    if stage not in made_from:
+        raise UserError(f"--rebuild {stage} names no stage; choose one of {', '.join(made_from)}")
     states, made = built_stages(data_dir), {stage}
-    for name, inputs in MADE_FROM.items():
+    for name, inputs in made_from.items():
         if made.intersection(inputs):
             made.add(name)
-    removed = [name for name in STAGES if name in made and states[name] != "missing"]
+    removed = [name for name in made_from if name in made and states.get(name, "missing") != "missing"]
     for name in reversed(removed):
         remove_artefact(Path(data_dir) / name)
     return removed
@@ -125,19 +151,19 @@ def verify(data_dir: Path, report: Callable[[str], None] = print) -> None:
 class _Stages:
     """Runs stages and reports the artefacts that each has built or found."""
 
-    def __init__(self, data_dir: Path, report: Callable[[str], None]) -> None:
-        self._data_dir, self._report, self._reported = data_dir, report, set[str]()
+    def __init__(self, data_dir: Path, wanted: Sequence[str], report: Callable[[str], None]) -> None:
+        self._data_dir, self._wanted, self._report, self._reported = data_dir, wanted, report, set[str]()
 
     def run(self, stage: Callable[[], Made]) -> Made:
         before, began = built_stages(self._data_dir), time.time()
         result = stage()
         for name, state in built_stages(self._data_dir).items():
-            if state != "built" or name in self._reported:
+            if state != "built" or name in self._reported or name not in self._wanted:
                 continue
             self._reported.add(name)
-            artefact = open_artefact(self._data_dir / name, name)
+            artefact = open_artefact(self._data_dir / name, name, checksums="none")
             took, word = "", "skipped"
-            if before[name] != "built":
+            if before.get(name) != "built":
                 ended = (artefact.path / MANIFEST).stat().st_mtime
                 took, began, word = f"{max(ended - began, 0.0):8.1f} s", ended, "built"
             self._report(f"{name:<11} {word:<8} {took:>10}  {_counts(artefact)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 import re
@@ -9,7 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from retro_jax.cli import STORED_JSON, STORED_TEXT, main
+from retro_jax.cli import STORED_JSON, STORED_TEXT, Run, main
+from retro_jax.corpus.chunk_table import ChunkTable
+from retro_jax.data.training_rows import training_rows
+from retro_jax.dry_run import describe_run
+from retro_jax.errors import UserError
 from retro_jax.gin_config import load_config
 from retro_jax.prepare import MADE_FROM, STAGES, built_stages, prepare
 
@@ -149,3 +154,49 @@ def test_data_dir_is_shared_between_workdirs(config_file: Path, capsys: pytest.C
     assert main([*arguments, str(config_file.parent / "b")]) == 0
     assert stage_words(capsys.readouterr().out) == dict.fromkeys(STAGES, "skipped")
     assert not (config_file.parent / "b" / "data").exists()
+
+
+JOINED = ["--set", "DataConfig.seq_len=32", "--set", "DataConfig.batch_size=4", "--set", "TrainConfig.steps=10"]
+
+
+def test_joined_rows_are_made_on_request(config_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = config_file.parent / "run" / "data"
+    assert command(config_file, *JOINED) == 0
+    assert "joined" not in built_stages(data)
+    capsys.readouterr()
+    assert command(config_file, "--join", *JOINED) == 0
+    output, told = capsys.readouterr()
+    assert re.search(r"^joined +built .* bytes [\d,]+, rows 40, rows_per_shard [\d,]+, shards 1$", output, re.MULTILINE)
+    assert "40 joined training rows of" in told and "are free in" in told
+    assert f"{' '.join(JOINED)} --set DataConfig.rows=joined" in output
+    assert command(config_file, "--join", *JOINED) == 0
+    assert re.search(r"^joined +skipped", capsys.readouterr().out, re.MULTILINE)
+    assert command(config_file, "--verify") == 0
+    assert re.search(r"^joined +verified +1 files", capsys.readouterr().out, re.MULTILINE)
+    assert command(config_file, *JOINED) == 0
+    assert not re.search(r"^joined", capsys.readouterr().out, re.MULTILINE)
+    assert command(config_file, "--rebuild", "neighbours", *JOINED) == 0
+    assert re.search(r"^joined +removed", capsys.readouterr().out, re.MULTILINE)
+    assert "joined" not in built_stages(data)
+    assert command(config_file, "--join-epochs", "2", *JOINED) == 0
+    rows = len(training_rows(ChunkTable(data, "train"), 32, weights=None))
+    assert f", rows {2 * rows}, " in capsys.readouterr().out
+    assert command(config_file, "--rebuild", "joined", *JOINED) == 0
+    assert ", rows 40, " in capsys.readouterr().out
+    assert command(config_file, "--join-epochs", "0") == 2
+    assert capsys.readouterr().err == "error: --join-epochs 0 must be at least 1\n"
+
+
+def test_what_is_not_joined_is_told_to_processes_that_cannot_do_it(config_file: Path) -> None:
+    data = config_file.parent / "data"
+    config = load_config([config_file], [word for word in JOINED if word != "--set"])
+    joined = dataclasses.replace(config, data=dataclasses.replace(config.data, rows="joined"))
+    assert "\njoined: 40 training rows of " in describe_run(Run(joined, config_file.parent))
+    assert prepare(config, data, lambda line: None).joined is None
+    with pytest.raises(UserError, match="has no joined, and several processes do not build data together"):
+        prepare(joined, data, lambda line: None, build=False)
+    assert prepare(joined, data, lambda line: None, build=False, join=False).joined is None
+    assert len(prepare(joined, data, lambda line: None).joined or ()) == 40
+    assert len(prepare(joined, data, lambda line: None, build=False).joined or ()) == 40
+    described = describe_run(Run(joined, config_file.parent))
+    assert "joined built" in described and "joined: 40" not in described

@@ -165,11 +165,16 @@ class DataConfig:
     """Training rows: ``seq_len`` tokens (T), ``batch_size`` rows a step over all hosts; and which of the neighbours found are
     read, in training and evaluation alike. ``max_overlap`` drops those that share more than this fraction of the chunk's tokens
     (longest common run) with the chunk or its continuation; ``neighbour_sources`` keeps those from these of
-    ``CorpusConfig.sources``, by number from 0. None keeps all."""
+    ``CorpusConfig.sources``, by number from 0. None keeps all.
+
+    ``rows``: training looks up rows and their neighbours in the chunk table ("gathered"), or reads both from one sequential file
+    in the order of training, for network file systems ("joined"; ``python -m retro_jax prepare --join`` writes it). The batches
+    are the same bit for bit."""
 
     seq_len: int = 512
     batch_size: int = 8
     seed: int = 0
+    rows: Literal["gathered", "joined"] = "gathered"
     workers: int = 0
     prefetch: int = 4
     max_overlap: float | None = None
@@ -177,6 +182,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         check_positive(self, "seq_len", "batch_size", "prefetch")
+        check_choice(self, "rows", ("gathered", "joined"))
         for name in ("workers", "seed"):
             check(getattr(self, name) >= 0, f"DataConfig.{name}={getattr(self, name)} must not be negative")
         if self.max_overlap is not None:

@@ -19,26 +19,32 @@ from absl import flags
 from retro_jax.blocks import die_with
 from retro_jax.config import DataConfig
 from retro_jax.data.batch import Batch
+from retro_jax.data.joined_rows import REBUILD, JoinedRows
 from retro_jax.data.reader import RowReader
 from retro_jax.data.training_rows import TrainingRows
 from retro_jax.errors import UserError
 
 THREADS = 2
 ALL = slice(None)
+# Rows enough for any run. Without an end grain counts batches of one row in floating point, to one more than an index can be.
+ENDLESS = 2**53
 
 BatchAndIds = tuple[Batch, np.ndarray]
 
 
 class TrainingBatches(grain.DatasetIterator[BatchAndIds]):
-    """Endless batches: (Batch of NumPy arrays with this process's rows, chunk ids int64 [B, L]).
+    """Endless batches: (Batch of NumPy arrays with this process's rows, chunk ids int64 [B, L]); joined rows end somewhere, which
+    is a UserError.
 
     A grain iterator, so that ``grain.checkpoint.CheckpointSave(batches)`` stores it and ``CheckpointRestore`` continues it.
-    Its state is the number of the next batch: the same on every process and for every number of workers.
+    Its state is the number of the next batch: the same on every process, for every number of workers and for joined rows.
     """
 
-    def __init__(self, batches: grain.MapDataset[BatchAndIds], config: DataConfig, *, num_rows: int) -> None:
+    def __init__(
+        self, batches: grain.MapDataset[BatchAndIds], config: DataConfig, *, num_rows: int, threads: int = THREADS
+    ) -> None:
         super().__init__()
-        self._batches, self._config = batches, config
+        self._batches, self._config, self._threads = batches, config, threads
         self._order = {"seed": config.seed, "batch_size": config.batch_size, "seq_len": config.seq_len, "rows": num_rows}
         self._next_batch = 0
         self._ahead: grain.DatasetIterator[BatchAndIds] | None = None
@@ -46,7 +52,13 @@ class TrainingBatches(grain.DatasetIterator[BatchAndIds]):
     def __next__(self) -> BatchAndIds:
         if self._ahead is None:
             self._ahead = iter(self._read_ahead())
-        element = next(self._ahead)
+        try:
+            element = next(self._ahead)
+        except StopIteration:
+            raise UserError(
+                f"the joined training rows end after batch {self._next_batch}; store more with `{REBUILD}`, "
+                "or set DataConfig.rows='gathered'"
+            ) from None
         self._next_batch += 1
         return element
 
@@ -85,12 +97,14 @@ class TrainingBatches(grain.DatasetIterator[BatchAndIds]):
         batches = self._batches[self._next_batch :]
         workers, prefetch = self._config.workers, self._config.prefetch
         if workers == 0:
-            return batches.to_iter_dataset(grain.ReadOptions(num_threads=min(THREADS, prefetch), prefetch_buffer_size=prefetch))
+            return batches.to_iter_dataset(
+                grain.ReadOptions(num_threads=min(self._threads, prefetch), prefetch_buffer_size=prefetch)
+            )
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # grain's processes read absl flags, which only absl.app parses
         in_worker = batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-        options = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=-(-prefetch // workers))
-        return in_worker.mp_prefetch(options, worker_init_fn=functools.partial(_start_worker, os.getpid()))
+        processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=-(-prefetch // workers))
+        return in_worker.mp_prefetch(processes, worker_init_fn=functools.partial(_start_worker, os.getpid()))
 
 
 def training_batches(
@@ -100,6 +114,7 @@ def training_batches(
     *,
     weights: Sequence[float] | None = None,
     rows_here: slice = ALL,
+    joined: JoinedRows | None = None,
 ) -> TrainingBatches:
     """Batches of ``config.batch_size`` rows over all processes; each reads its contiguous share of them.
 
@@ -109,9 +124,16 @@ def training_batches(
         config: seed, batch size, workers and prefetch.
         weights: each source's share of rows; None: every row once an epoch. Rows are reshuffled each epoch.
         rows_here: which rows of a batch this process reads.
+        joined: the same rows as they were stored in this order; None: they are looked up in the tables. The batches are equal
+            bit for bit.
     """
-    batches = row_numbers(rows, config.seed, weights).batch(config.batch_size).map(_Read(rows, reader, rows_here))
-    return TrainingBatches(batches, config, num_rows=len(rows))
+    numbers = row_numbers(rows, config.seed, weights)[:ENDLESS].batch(config.batch_size)
+    if joined is None:
+        return TrainingBatches(numbers.map(_Read(rows, reader, rows_here)), config, num_rows=len(rows))
+    stored = numbers[: len(joined) // config.batch_size]
+    batches = stored.map_with_index(_ReadJoined(rows, joined, reader.neighbours is not None, rows_here))
+    # One thread: the file is read from front to end.
+    return TrainingBatches(batches, config, num_rows=len(rows), threads=1)
 
 
 def row_numbers(rows: TrainingRows, seed: int, weights: Sequence[float] | None) -> grain.MapDataset[int]:
@@ -137,6 +159,21 @@ class _Read:
     def __call__(self, rows_B: np.ndarray) -> BatchAndIds:
         chunk_ids_BL = self.rows.chunk_ids(rows_B[self.here])
         return self.reader.read(chunk_ids_BL), chunk_ids_BL
+
+
+@dataclass(frozen=True)
+class _ReadJoined:
+    """From the number of a batch and its row numbers to this process's part of it."""
+
+    rows: TrainingRows
+    joined: JoinedRows
+    neighbours: bool
+    here: slice
+
+    def __call__(self, batch: int, rows_B: np.ndarray) -> BatchAndIds:
+        first = batch * len(rows_B) + range(len(rows_B))[self.here].start
+        batch_here = self.joined.read(first, rows_B[self.here], neighbours=self.neighbours)
+        return batch_here, self.rows.chunk_ids(rows_B[self.here])
 
 
 def _shuffle_seed(seed: int, source: int) -> int:

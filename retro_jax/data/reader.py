@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from retro_jax.config import ChunkConfig, Config, Split
-from retro_jax.data.rows import read_rows, segments_of
+from retro_jax.data.rows import LookedUp, look_up, make_batch, segments_of
 from retro_jax.retrieval.neighbour_table import KEEP_ALL, NeighbourFilter
 
 if TYPE_CHECKING:
@@ -35,15 +35,18 @@ class RowReader:
     donors: np.ndarray | None = None
 
     def read(self, chunk_ids_BL: np.ndarray, segments_BL: np.ndarray | None = None, scored_BL: np.ndarray | None = None) -> Batch:
-        """One batch; see :func:`retro_jax.data.rows.read_rows`. ``segments_BL`` None: runs of one document."""
-        return read_rows(
+        """One batch; see :func:`retro_jax.data.rows.make_batch`. ``segments_BL`` None: runs of one document."""
+        return make_batch(self.look_up(chunk_ids_BL, segments_BL), scored_BL)
+
+    def look_up(self, chunk_ids_BL: np.ndarray, segments_BL: np.ndarray | None = None) -> LookedUp:
+        """The text that a batch is made of."""
+        return look_up(
             chunk_ids_BL,
             segments_of(chunk_ids_BL, self.queries.document_N) if segments_BL is None else segments_BL,
             self._neighbour_ids(chunk_ids_BL),
             queries=self.queries,
             database=self.database,
             retrieved_len=self.chunks.retrieved_len,
-            scored_BL=scored_BL,
         )
 
     def _neighbour_ids(self, chunk_ids_BL: np.ndarray) -> np.ndarray:

@@ -13,6 +13,7 @@ import numpy as np
 from retro_jax.config import Config, ModelConfig, Split
 from retro_jax.data.batch import Batch
 from retro_jax.data.held_out import HeldOutRows, held_out_batches, held_out_rows
+from retro_jax.data.joined_rows import JoinedRows
 from retro_jax.data.pipeline import ALL, training_batches
 from retro_jax.data.reader import RowReader, open_reader
 from retro_jax.data.training_rows import describe_rows, training_rows
@@ -116,6 +117,7 @@ def train(
         config.data,
         weights=weights,
         rows_here=ALL if layout is None else layout.rows_here(config.data.batch_size),
+        joined=_joined(config, prepared),
     )
     valid = validation_batches(config, prepared, model_config)
     data, training = config.data, config.training
@@ -164,6 +166,16 @@ def validation_batches(config: Config, prepared: Prepared, model_config: ModelCo
 
 def _reader(config: Config, prepared: Prepared, model: ModelConfig, split: Split) -> RowReader:
     return open_reader(config, prepared, split, neighbours=_reads_neighbours(model))
+
+
+def _joined(config: Config, prepared: Prepared) -> JoinedRows | None:
+    if config.data.rows == "gathered":
+        return None
+    if prepared.joined is None:
+        raise ValueError(
+            "DataConfig.rows='joined', but the data were prepared without joined rows; prepare them with this config"
+        )
+    return prepared.joined
 
 
 def _check_mesh(config: Config) -> None:

@@ -61,6 +61,14 @@ def test_a_batch_is_what_reading_its_chunks_gives():
         assert_equal([(batch, ids)], [(reader.read(ids), ids)])
 
 
+@pytest.mark.parametrize("weights", [None, (0.25, 0.75)])
+def test_rows_do_not_depend_on_the_batch_size(weights):
+    """One row a batch, too."""
+    ids = [np.concatenate([i for _, i in take(make_batches(weights, batch_size=b), 12 // b)]) for b in (1, 3, 4)]
+    np.testing.assert_array_equal(ids[0], ids[1])
+    np.testing.assert_array_equal(ids[0], ids[2])
+
+
 def test_every_row_once_an_epoch_reshuffled():
     rows = training_rows(make_reader().queries, L * C, weights=None)
     numbers = row_numbers(rows, 3, None)

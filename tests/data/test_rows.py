@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from retro_jax.data.rows import read_rows, segments_of
+from retro_jax.data.rows import look_up, make_batch, segments_of
 from tests.data.disk import write_tables
 from tests.data.memory import EOD, MemoryChunks
 
@@ -26,7 +26,7 @@ def rows(request, tmp_path):
         ids = np.asarray(ids, np.int64)
         neighbours = np.full((*ids.shape, 2), -1) if neighbours is None else np.asarray(neighbours, np.int64)
         segments = segments_of(ids, queries.document_N)
-        return read_rows(ids, segments, neighbours, queries=queries, database=database, retrieved_len=8, scored_BL=scored)
+        return make_batch(look_up(ids, segments, neighbours, queries=queries, database=database, retrieved_len=8), scored)
 
     return read
 

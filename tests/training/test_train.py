@@ -24,12 +24,14 @@ from retro_jax.config import (
     RetroConfig,
     TokenizerConfig,
     TrainConfig,
+    resolved,
 )
 from retro_jax.errors import UserError
 from retro_jax.kernels import triton_call
 from retro_jax.prepare import Prepared, prepare
 from retro_jax.training.checkpoint import load_model
 from retro_jax.training.metrics import METRICS, read_lines
+from retro_jax.training.resume import differences
 from retro_jax.training.train import check_run, model_configs, train_all, validation_batches
 from tests.training.tiny import tiny_config
 
@@ -92,6 +94,37 @@ def test_the_model_and_its_baselines_are_trained_on_identical_rows(
     other = dataclasses.replace(prepared, fingerprints={**prepared.fingerprints, "neighbours": "another"})
     with pytest.raises(UserError, match="checkpoints/6 was trained on neighbours with fingerprint .*, now they have another"):
         train_all(more, other, tmp_path)
+
+
+def test_the_form_of_the_rows_may_change_between_two_starts() -> None:
+    old = resolved(DataConfig())
+    assert differences(DataConfig, old, resolved(DataConfig(rows="joined"))) == []
+    assert differences(DataConfig, old, resolved(DataConfig(rows="joined", seed=1))) == [("DataConfig.seed", 0, 1)]
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_joined_rows_as_it_would_have_with_gathered_ones(
+    config: Config, prepared: Prepared, tmp_path: Path
+) -> None:
+    """Three steps gathered, the others joined; the loss curve is that of a gathered run, byte for byte."""
+    data = Path(prepared.tables["train"].__reduce__()[1][0])
+
+    def of(rows: str, steps: int) -> Config:
+        training = dataclasses.replace(config.training, steps=steps, baselines=(), log_every=1, valid_every=0)
+        optimizer = dataclasses.replace(config.optimizer, schedule="constant")
+        return dataclasses.replace(
+            config, data=dataclasses.replace(config.data, rows=rows), training=training, optimizer=optimizer
+        )
+
+    joined = prepare(of("joined", 6), data, lambda line: None)
+    assert prepared.joined is None and joined.joined is not None
+    train_all(of("gathered", 6), prepared, tmp_path / "gathered")
+    train_all(of("gathered", 3), prepared, tmp_path / "both")
+    train_all(of("joined", 6), joined, tmp_path / "both")
+    one, other = ((tmp_path / name / "models" / "retro" / METRICS).read_bytes() for name in ("gathered", "both"))
+    assert one == other and len(one.splitlines()) == 6
+    with pytest.raises(ValueError, match="prepared without joined rows"):
+        train_all(of("joined", 9), prepared, tmp_path / "both")
 
 
 def test_validation_sees_the_same_rows_each_time_spread_over_the_split(config: Config, prepared: Prepared) -> None:
