@@ -35,13 +35,14 @@ import sklearn.feature_extraction.text, sklearn.preprocessing, sklearn.utils.ext
 from retro_jax.artefact import open_artefact
 from retro_jax.config import ChunkConfig, CorpusConfig, RetrievalConfig, TokenizerConfig
 from retro_jax.corpus import chunk_table, token_stage, token_store, tokenizer_stage
-from retro_jax.retrieval import dense_build, embedder, embedding, index, lsa, neighbours, ngrams
+from retro_jax.retrieval import dense_build, disk_lists, embedder, embedding, exact_index, index, lsa, neighbours, ngrams
 from retro_jax.retrieval.chunk_texts import ChunkTexts
 
 chunk_table.CUT_DOCUMENTS = 64
 token_store.COPY_ITEMS = 2**10
 ngrams.SHARD_TOKENS = 2**14
-dense_build.ADD_AT_ONCE = 1024
+dense_build.ADD_AT_ONCE = disk_lists.ADD_AT_ONCE = 1024
+exact_index.DEVICE_BYTES = 2**20
 lsa.READ_AT_ONCE = 1024
 
 source, data, embedder_name, chunk_len = sys.argv[1], Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])

@@ -9,6 +9,7 @@ from retro_jax.config.checks import check, check_choice, check_fraction, check_p
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
+Metric = Literal["cosine", "inner_product", "l2"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,9 +130,11 @@ class RetrievalConfig:
 
     ``tfidf``: hashed 1-to-``max_ngram``-gram TF-IDF of ``features`` columns, searched exactly. ``lsa``: its projection on
     ``lsa_dim`` dimensions, learned from ``lsa_train_chunks`` random training chunks. ``bert``: a sentence encoder of BERT's form.
-    Dense vectors (``lsa``, ``bert``) are searched by faiss with ``index_factory`` (any faiss factory string; "auto" chooses by
-    size), trained on ``index_train_chunks`` random chunks, with ``index_search``: faiss search parameters such as "nprobe=64" or
-    "efSearch=128"; "auto" chooses by the index.
+    Dense vectors (``lsa``, ``bert``) are compared by ``metric``: "cosine" (of vectors of unit length), or "inner_product" or "l2"
+    (of the vectors as they are). faiss searches them with ``index_factory`` (any faiss factory string; "auto" chooses by size),
+    trained on ``index_train_chunks`` random chunks, with ``index_search``: faiss search parameters such as "nprobe=64" or
+    "efSearch=128"; "auto" raises them until the recall measured is 0.95. ``index_factory="exact"`` compares with every chunk, in
+    JAX on all of its devices.
     """
 
     embedder: Literal["tfidf", "lsa", "bert"] = "tfidf"
@@ -140,6 +143,7 @@ class RetrievalConfig:
     lsa_dim: int = 256
     lsa_train_chunks: int = 100_000
     bert: BertConfig = field(default_factory=BertConfig)
+    metric: Metric = "cosine"
     index_factory: str = "auto"
     index_search: str = "auto"
     index_train_chunks: int = 1_000_000
@@ -150,6 +154,17 @@ class RetrievalConfig:
 
     def __post_init__(self) -> None:
         check_choice(self, "embedder", ("tfidf", "lsa", "bert"))
+        check_choice(self, "metric", get_args(Metric))
+        check(
+            self.embedder != "tfidf" or self.metric == "cosine",
+            f"RetrievalConfig.metric={self.metric!r} is for dense vectors; embedder='tfidf' is searched by cosine: "
+            "use metric='cosine', or embedder='lsa' or 'bert'",
+        )
+        check(
+            self.index_factory != "exact" or self.index_search == "auto",
+            f"RetrievalConfig.index_search={self.index_search!r} sets parameters of faiss, which index_factory='exact' does not "
+            "use; use index_search='auto'",
+        )
         check_positive(
             self, "features", "max_ngram", "lsa_dim", "lsa_train_chunks", "index_train_chunks", "saved", "block_chunks", "workers"
         )

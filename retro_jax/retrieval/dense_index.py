@@ -15,51 +15,85 @@ from typing import Any
 import numpy as np
 
 from retro_jax.artefact import Artefact
+from retro_jax.config import Metric
 from retro_jax.errors import BadInput, UserError
+from retro_jax.retrieval.faiss_gpus import copy_to_gpus, fits_gpus
+from retro_jax.retrieval.metric import distances_between, rounding
 from retro_jax.retrieval.vectors import DenseVectors
 
 INDEX_FILE, LISTS_FILE = "index.faiss", "lists.ivfdata"
-GATHERED_AT_ONCE = 2**16
 # An inverted-list index that runs short for a query looks into this many times the lists.
 WIDEN_LISTS = 4
 
 
 @dataclass(frozen=True)
 class DenseIndex:
-    """A faiss index of unit vectors (inner product), and the vectors."""
+    """A faiss index and the vectors that it was made of.
+
+    Attributes:
+        longest: the length of the longest vector.
+        parameters: search parameters in faiss's notation; "" leaves the index as it is.
+        candidates: so many times the chunks that are wanted are asked of the index, and compared by their vectors: what makes
+            up for codes in place of vectors.
+        on_gpus: the index once more, on the machine's GPUs.
+    """
 
     index: Any
     vectors: DenseVectors
+    metric: Metric = "cosine"
+    longest: float = 1.0
+    parameters: str = ""
+    candidates: int = 1
+    on_gpus: Any = None
 
     @classmethod
     def open(cls, artefact: Artefact, vectors: DenseVectors) -> DenseIndex:
         """The index of a finished artefact."""
-        index = read_index(artefact.path)
-        set_search_parameters(index, artefact.summary["search_parameters"])
-        return cls(index, vectors)
+        index, summary = read_index(artefact.path), artefact.summary
+        parameters = summary["search_parameters"]
+        set_search_parameters(index, parameters)
+        metric, longest = summary.get("metric", "cosine"), summary.get("longest", 1.0)  # of 0.1.0: cosine
+        on_gpus = copy_to_gpus(import_faiss(), index, parameters)
+        return cls(index, vectors, metric, longest, parameters, summary.get("candidates", 1), on_gpus)
 
     @property
     def num_chunks(self) -> int:
         """Chunks of the database."""
         return self.index.ntotal
 
+    @property
+    def num_lists(self) -> int:
+        """Inverted lists; 0 where the index has none."""
+        inverted = import_faiss().try_extract_index_ivf(self.index)
+        return 0 if inverted is None else inverted.nlist
+
     def search(self, queries: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
         """See :class:`retro_jax.retrieval.index.Index`. A query of zeros (a text in which the embedder found nothing) has no
         neighbours."""
-        width = min(width, self.num_chunks)
         faiss = import_faiss()
+        width, wide = min(width, self.num_chunks), min(width * self.candidates, self.num_chunks)
         with one_thread(faiss):
-            _, ids_QW = self.index.search(queries, width)
+            set_search_parameters(self.index, self.parameters)
+            found = self.on_gpus if self.on_gpus is not None and fits_gpus(wide) else self.index
+            _, ids_QW = found.search(queries, wide)
             inverted = faiss.try_extract_index_ivf(self.index)
             if inverted is not None:
-                self._search_more_lists(inverted, queries, ids_QW)
+                self._search_more_lists(inverted, queries, ids_QW, width)
         ids_QW[~queries.any(axis=1)] = -1
-        return ids_QW, _distances(queries, self.vectors, ids_QW)
+        distances_QW = distances_between(self.metric, queries, self.vectors.vectors_ND, ids_QW)
+        if wide == width:
+            return ids_QW, distances_QW
+        nearest_QW = np.lexsort((ids_QW, distances_QW), axis=1)[:, :width]
+        return np.take_along_axis(ids_QW, nearest_QW, 1), np.take_along_axis(distances_QW, nearest_QW, 1)
 
-    def _search_more_lists(self, inverted: Any, queries: np.ndarray, ids_QW: np.ndarray) -> None:
+    def rounding(self, queries: np.ndarray, farthest_Q: np.ndarray) -> np.ndarray:
+        """See :class:`retro_jax.retrieval.index.Index`."""
+        return rounding(self.metric, queries, farthest_Q, self.longest)
+
+    def _search_more_lists(self, inverted: Any, queries: np.ndarray, ids_QW: np.ndarray, width: int) -> None:
         """The lists that are nearest to a query may hold fewer chunks than are wanted."""
         configured = inverted.nprobe
-        while inverted.nprobe < inverted.nlist and len(short := np.flatnonzero((ids_QW < 0).any(axis=1))):
+        while inverted.nprobe < inverted.nlist and len(short := np.flatnonzero((ids_QW >= 0).sum(axis=1) < width)):
             inverted.nprobe = min(inverted.nlist, WIDEN_LISTS * inverted.nprobe)
             _, ids_QW[short] = self.index.search(queries[short], ids_QW.shape[1])
         inverted.nprobe = configured
@@ -73,18 +107,18 @@ def read_index(folder: Path) -> Any:
         return faiss.read_index(str(folder / INDEX_FILE), flags)
 
 
-def make_index(faiss: ModuleType, factory: str, dim: int) -> Any:
-    """An empty index for inner products.
+def make_index(faiss: ModuleType, factory: str, dim: int, metric: Metric) -> Any:
+    """An empty index; for vectors of unit length cosines are inner products.
 
     Raises:
         UserError: faiss does not understand the factory string, or it does not go with ``dim``.
     """
     try:
-        return faiss.index_factory(dim, factory, faiss.METRIC_INNER_PRODUCT)
+        return faiss.index_factory(dim, factory, faiss.METRIC_L2 if metric == "l2" else faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
         raise BadInput(
             f"RetrievalConfig.index_factory={factory!r} is no index that faiss can make of {dim} dimensions "
-            f"({faiss_reason(error)}); use 'auto', or a factory string such as 'Flat', 'IVF1024,Flat' or 'HNSW32'"
+            f"({faiss_reason(error)}); use 'auto' or 'exact', or a factory string such as 'Flat', 'IVF1024,Flat' or 'HNSW32'"
         ) from None
 
 
@@ -143,20 +177,6 @@ def without_stdout() -> Iterator[None]:
         os.dup2(kept, 1)
         os.close(kept)
         os.close(null)
-
-
-def _distances(queries_QD: np.ndarray, vectors: DenseVectors, ids_QW: np.ndarray) -> np.ndarray:
-    """1 - cosine from the vectors themselves, in one fixed order of sums: what faiss tells depends on the block's shape by a
-    rounding, and on the codes of a compressed index."""
-    distances_QW = np.full(ids_QW.shape, np.inf, np.float32)
-    rows_at_once = max(1, GATHERED_AT_ONCE // max(1, ids_QW.shape[1]))
-    for start in range(0, len(ids_QW), rows_at_once):
-        rows = slice(start, start + rows_at_once)
-        found = ids_QW[rows] >= 0
-        query, place = np.nonzero(found)
-        cosines = np.einsum("nd,nd->n", queries_QD[rows][query], vectors.vectors_ND[ids_QW[rows][found]])
-        distances_QW[start + query, place] = 1 - cosines
-    return distances_QW
 
 
 def faiss_reason(error: RuntimeError) -> str:

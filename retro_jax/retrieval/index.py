@@ -1,4 +1,4 @@
-"""What finds the nearest database chunks of vectors: the seam, and the choice between its two forms."""
+"""What finds the nearest database chunks of vectors: the seam, and the choice between its three forms."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ import numpy as np
 from retro_jax.artefact import Artefact, build_artefact
 from retro_jax.config import RetrievalConfig
 from retro_jax.retrieval.dense_build import build_dense_index, dense_index_settings
-from retro_jax.retrieval.dense_index import DenseIndex
+from retro_jax.retrieval.dense_index import DenseIndex, import_faiss
+from retro_jax.retrieval.exact_index import EXACT, ExactIndex
+from retro_jax.retrieval.faiss_gpus import num_gpus
+from retro_jax.retrieval.metric import DISTANCES
 from retro_jax.retrieval.sparse_index import SparseIndex, build_sparse_index
 from retro_jax.retrieval.vectors import SparseVectors, Vectors, open_vectors
-
-# How neighbours' distances are defined, whatever the embedder; said in the manifest.
-DISTANCE = "1 - cosine"
 
 
 class Index(Protocol):
@@ -36,6 +36,11 @@ class Index(Protocol):
         """
         ...
 
+    def rounding(self, queries: Vectors, farthest_Q: np.ndarray) -> np.ndarray:
+        """Two distances of a query that differ by no more, float32 [Q], may be one that was rounded differently inside the index;
+        ``farthest_Q``: the largest distance found for each."""
+        ...
+
 
 def build_index(config: RetrievalConfig, vectors: Artefact, path: Path) -> Artefact:
     """Index the train split's vectors, or open what stands there."""
@@ -53,4 +58,21 @@ def build_index(config: RetrievalConfig, vectors: Artefact, path: Path) -> Artef
 def open_index(index: Artefact, vectors: Artefact) -> Index:
     """The index, memory-mapped."""
     database = open_vectors(vectors, "train")
-    return SparseIndex.open(index) if isinstance(database, SparseVectors) else DenseIndex.open(index, database)
+    if isinstance(database, SparseVectors):
+        return SparseIndex.open(index)
+    return ExactIndex.open(index, database) if _is_exact(index) else DenseIndex.open(index, database)
+
+
+def one_process(index: Artefact) -> bool:
+    """Whether a search keeps all devices or GPUs busy by itself; several processes would be in each other's way."""
+    dense = "factory" in index.summary
+    return dense and (_is_exact(index) or num_gpus(import_faiss()) > 0)
+
+
+def distance_of(index: Artefact) -> str:
+    """What the distances are, in words."""
+    return DISTANCES[index.summary.get("metric", "cosine")]
+
+
+def _is_exact(index: Artefact) -> bool:
+    return index.summary["factory"] == EXACT

@@ -13,10 +13,10 @@ from retro_jax.config import SPLITS, ChunkConfig, RetrievalConfig, Split
 from retro_jax.corpus.chunk_table import ChunkTable
 from retro_jax.errors import UserError
 from retro_jax.retrieval.chunk_texts import ChunkTexts
-from retro_jax.retrieval.dense_index import import_faiss, make_index
 from retro_jax.retrieval.embedder import EMBEDDERS, build_embedder
 from retro_jax.retrieval.embedding import build_vectors
 from retro_jax.retrieval.index import build_index
+from retro_jax.retrieval.index_costs import costs_of
 from retro_jax.retrieval.memory import in_words
 from retro_jax.retrieval.neighbour_table import NEIGHBOURS, NeighbourTable
 from retro_jax.retrieval.search_stage import search_all
@@ -53,8 +53,7 @@ def build_neighbours(
         )
     texts = ChunkTexts.of(data_dir)
     if not (data_dir / "index" / MANIFEST).exists():
-        _check_index(config)
-        _say_memory(config, texts)
+        _say_costs(config, texts)
     embedder = build_embedder(config, texts, data_dir / "embedder")
     vectors = build_vectors(config, texts, embedder, data_dir / "vectors")
     index = build_index(config, vectors, data_dir / "index")
@@ -69,26 +68,17 @@ def build_neighbours(
     return {split: NeighbourTable(neighbours.path, split, tables[split], tables["train"], R) for split in SPLITS}
 
 
-def _check_index(config: RetrievalConfig) -> None:
-    """Refuse an index that cannot be made before anything long is done for it.
+def _say_costs(config: RetrievalConfig, texts: ChunkTexts) -> None:
+    """Before anything is built: what the index will take. That of the sparse one is told from a sample of chunks.
 
     Raises:
-        UserError: faiss is missing, or does not understand the factory string.
+        UserError: more memory than this machine has, faiss is missing, or it does not understand the factory string.
     """
-    embedder = EMBEDDERS[config.embedder]
+    embedder, chunks = EMBEDDERS[config.embedder], texts.table("train").num_chunks
     if not embedder.sparse:
-        make_index(import_faiss(), "Flat" if config.index_factory == "auto" else config.index_factory, embedder.dim_of(config))
-
-
-def _say_memory(config: RetrievalConfig, texts: ChunkTexts) -> None:
-    """Before anything is built: what the sparse index will take, told from a sample of chunks.
-
-    Raises:
-        UserError: more than this machine has.
-    """
-    if not EMBEDDERS[config.embedder].sparse:
+        dim = embedder.dim_of(config)
+        print(f"index of {chunks:,} chunks x {dim}: {costs_of(config, chunks, dim)}", file=sys.stderr)
         return
-    chunks = texts.table("train").num_chunks
     sample = np.sort(np.random.default_rng(config.seed).choice(chunks, min(SAMPLED_CHUNKS, chunks), replace=False, shuffle=False))
     entries = int(count_ngrams(texts.read("train", sample), config.features, config.max_ngram).nnz * (chunks / len(sample)))
     needed = refuse_too_large(entries, chunks, config.workers)

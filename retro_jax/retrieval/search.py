@@ -10,8 +10,6 @@ from retro_jax.retrieval.vectors import Vectors
 # The first search leaves room for this many times the wanted neighbours in the own document; widening multiplies.
 OWN_ROOM, WIDEN = 2, 4
 TIE_ROOM = 8
-# Two distances of dense vectors nearer than this may be one distance that was rounded differently inside the index.
-TIE_WIDTH = 1e-5
 
 
 def nearest_outside(
@@ -40,11 +38,13 @@ def nearest_outside(
     width = wanted + TIE_ROOM + min(own_room, OWN_ROOM * wanted)
     while len(pending):
         width = min(width, index.num_chunks)
-        ids_PW, distances_PW = index.search(queries[pending], width)
+        asked = queries[pending]
+        ids_PW, distances_PW = index.search(asked, width)
         whole_P = (ids_PW < 0).any(axis=1) | (width == index.num_chunks)
-        edge_P = distances_PW.max(axis=1)
+        edge_P = np.where(whole_P, np.float32(0), distances_PW.max(axis=1))
+        edge_P -= index.rounding(asked, edge_P)
         ids_PS, found_PS = _nearest_of(ids_PW, distances_PW, own_document_Q[pending], document_N, wanted)
-        done_P = whole_P | (found_PS[:, -1] < edge_P - TIE_WIDTH)
+        done_P = whole_P | (found_PS[:, -1] < edge_P)
         ids_QS[pending[done_P], : ids_PS.shape[1]] = ids_PS[done_P]
         distances_QS[pending[done_P], : ids_PS.shape[1]] = found_PS[done_P]
         pending = pending[~done_P]

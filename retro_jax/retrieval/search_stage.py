@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from threadpoolctl import threadpool_limits
 from retro_jax.artefact import Artefact, open_artefact
 from retro_jax.config import SPLITS, RetrievalConfig, Split
 from retro_jax.retrieval.chunk_texts import ChunkTexts
-from retro_jax.retrieval.index import DISTANCE, Index, open_index
+from retro_jax.retrieval.index import Index, distance_of, one_process, open_index
 from retro_jax.retrieval.neighbour_table import ROWS_AT_ONCE
 from retro_jax.retrieval.search import nearest_outside
 from retro_jax.retrieval.split_blocks import SplitBlocks
@@ -33,7 +33,7 @@ class _Searched:
 def search_all(config: RetrievalConfig, texts: ChunkTexts, index: Artefact, vectors: Artefact, folder: Path) -> Mapping:
     """Search the neighbours of every chunk of every split, in blocks; writes ``<split>.ids.npy`` and
     ``<split>.distances.npy`` and returns facts for the manifest."""
-    blocks = SplitBlocks(config, texts)
+    blocks = SplitBlocks(replace(config, workers=1) if one_process(index) else config, texts)
     searched = _Searched(texts, index.path, vectors.path, index.fingerprint)
     blocks.run(folder, _search_block, searched, config.saved, description="neighbours")
     none: dict[str, np.ndarray] = {
@@ -42,8 +42,9 @@ def search_all(config: RetrievalConfig, texts: ChunkTexts, index: Artefact, vect
     }
     blocks.join(folder, none)
     splits = {split: _counts(np.load(folder / f"{split}.ids.npy", mmap_mode="r")) for split in SPLITS}
-    facts = {name: index.summary[name] for name in ("search", "factory", "why", "search_parameters") if name in index.summary}
-    return {"splits": splits, "database": blocks.chunks["train"], "distance": DISTANCE, **facts}
+    told = ("search", "factory", "why", "search_parameters", "candidates", "recall_at_20")
+    facts = {name: index.summary[name] for name in told if name in index.summary}
+    return {"splits": splits, "database": blocks.chunks["train"], "distance": distance_of(index), **facts}
 
 
 def _search_block(searched: _Searched, saved: int, split: Split, start: int, stop: int) -> dict[str, np.ndarray]:

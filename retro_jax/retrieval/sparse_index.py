@@ -15,6 +15,7 @@ from retro_jax.artefact import Artefact
 from retro_jax.config import RetrievalConfig
 from retro_jax.errors import BadInput
 from retro_jax.retrieval.memory import in_words, memory_of_machine
+from retro_jax.retrieval.metric import TIE_WIDTH
 from retro_jax.retrieval.vectors import SparseVectors
 
 # An entry of a sparse vector: its column or row (int32) and its value (float32).
@@ -56,6 +57,10 @@ class SparseIndex:
             ids_QW[rows, places] = best.indices[: len(rows)]
             distances_QW[rows, places] = 1 - best.data[: len(rows)]
         return ids_QW, distances_QW
+
+    def rounding(self, queries: csr_matrix, farthest_Q: np.ndarray) -> np.ndarray:
+        """See :class:`retro_jax.retrieval.index.Index`."""
+        return np.full(len(farthest_Q), TIE_WIDTH, np.float32)
 
 
 def build_sparse_index(config: RetrievalConfig, database: SparseVectors, folder: Path) -> Mapping:
