@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from retro_jax.artefact import write_bytes
+from retro_jax.artefact import is_as_noted, unlink_noted, write_noted
 from retro_jax.blocks import block_arrays, run_blocks
 from retro_jax.config import RetrievalConfig
 from retro_jax.errors import BadInput
@@ -64,7 +64,7 @@ def build_dense_index(config: RetrievalConfig, database: DenseVectors, folder: P
     parameters = automatic_parameters(faiss, index) if config.index_search == "auto" else config.index_search
     set_search_parameters(index, parameters)
     _write(faiss, index, folder / INDEX_FILE)
-    (folder / TRAINED_FILE).unlink(missing_ok=True)
+    unlink_noted(folder / TRAINED_FILE)
     facts = {"chunks": chunks, "dim": dim, "factory": factory, "why": why, "search_parameters": parameters}
     if isinstance(faiss.downcast_index(index), faiss.IndexFlat):
         return {**facts, "search": "exact"}
@@ -99,7 +99,7 @@ def automatic_parameters(faiss: ModuleType, index: Any) -> str:
 def _trained(faiss: ModuleType, config: RetrievalConfig, factory: str, database: DenseVectors, folder: Path) -> Any:
     """The empty index, trained once: what a killed run left is taken up."""
     path = folder / TRAINED_FILE
-    if path.exists():
+    if is_as_noted(path):
         return faiss.read_index(str(path))
     index = make_index(faiss, factory, database.vectors_ND.shape[1])
     if not index.is_trained:
@@ -113,7 +113,7 @@ def _trained(faiss: ModuleType, config: RetrievalConfig, factory: str, database:
                 f"RetrievalConfig.index_factory={factory!r} cannot be trained on {sample} chunks ({faiss_reason(error)}); "
                 "use 'auto' or a smaller index"
             ) from None
-    write_bytes(path, faiss.serialize_index(index).tobytes())
+    write_noted(path, faiss.serialize_index(index).tobytes())
     return index
 
 
@@ -130,7 +130,16 @@ def _add_on_disk(faiss: ModuleType, index: Any, config: RetrievalConfig, databas
 
     starts = range(0, len(database), ADD_AT_ONCE)
     tasks = ((folder / TRAINED_FILE, database, start, min(start + ADD_AT_ONCE, len(database))) for start in starts)
-    run_blocks(folder, _assign_block, tasks, workers=config.workers, description="index", total=len(starts))
+    run_blocks(
+        folder,
+        _assign_block,
+        tasks,
+        workers=config.workers,
+        description="index",
+        total=len(starts),
+        executor=config.executor,
+        describe=lambda task: f"train chunks {task[2]} to {task[3] - 1}",
+    )
     parts = [folder / f"part{number}.faiss" for number in range(len(starts))]
     for number, part in enumerate(parts):
         part.write_bytes(block_arrays(folder, number)["index"].tobytes())

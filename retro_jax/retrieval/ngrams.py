@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from retro_jax.artefact import Artefact, build_artefact, open_artefact
-from retro_jax.blocks import concatenate_blocks, run_blocks
+from retro_jax.blocks import LOCAL, concatenate_blocks, run_blocks
+from retro_jax.config import ExecutorConfig
 from retro_jax.corpus.chunk_table import ChunkTable
 
 NGRAMS = "ngrams"
@@ -71,7 +72,7 @@ class NgramLookup:
         return runs_N
 
 
-def build_ngrams(data_dir: Path, table: ChunkTable, *, workers: int = 1) -> NgramLookup:
+def build_ngrams(data_dir: Path, table: ChunkTable, *, workers: int = 1, executor: ExecutorConfig = LOCAL) -> NgramLookup:
     """Build ``<data_dir>/ngrams`` from the train split's chunks, or open it. Memory does not grow with the corpus."""
     chunks = open_artefact(Path(data_dir) / "chunks", "chunks")
 
@@ -86,6 +87,8 @@ def build_ngrams(data_dir: Path, table: ChunkTable, *, workers: int = 1) -> Ngra
             workers=min(workers, max(1, len(starts))),
             description="8-token look-up",
             total=len(starts),
+            executor=executor,
+            describe=lambda task: task[0].describe(*task[1:]),
         )
         for shard in range(len(starts)):
             for name in ("tokens", "order", "bits"):
