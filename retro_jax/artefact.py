@@ -1,8 +1,8 @@
 """Folders of data with a manifest: built once, resumed when killed, refused when their inputs changed.
 
 An artefact is a folder with ``manifest.json``: kind, format version, the settings that made it, the fingerprints of its
-inputs, a summary (counts), and size and SHA-256 of every file. It is built beside its place, in ``<name>.partial``, and
-renamed when whole, so that a folder with a manifest is always complete.
+inputs, a summary (counts), size and SHA-256 of every file, and a digest of all this. It is built beside its place, in
+``<name>.partial``, and renamed when whole, so that a folder with a manifest is always complete.
 """
 
 from __future__ import annotations
@@ -102,11 +102,12 @@ def build_artefact(
             shutil.rmtree(partial)
             raise
         manifest = {**plan, "summary": _plain(summary), "files": _file_facts(partial)}
-        manifest["fingerprint"] = _digest_json({k: v for k, v in manifest.items() if k != "summary"})
+        manifest["fingerprint"] = _digest_json(_without(manifest, "summary"))
         if (partial / BLOCKS).exists():
             (partial / BLOCKS).rename(partial / DROPPED)
             shutil.rmtree(partial / DROPPED)
         (partial / PLAN).unlink()
+        manifest["digest"] = _digest_json(manifest)
         write_text(partial / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True) + "\n")
         partial.rename(path)
     return Artefact(path, manifest)
@@ -137,6 +138,9 @@ def open_artefact(path: Path, kind: str, *, checksums: str = "small") -> Artefac
             f"{path} has format version {manifest.get('format_version')}, this program reads {FORMAT_VERSION}; "
             f"{_rebuild_hint(path)}"
         )
+    # Of 0.1.0 they have no digest of themselves.
+    if manifest.get("digest", (digest := _digest_json(_without(manifest, "digest")))) != digest:
+        raise UserError(f"{path / MANIFEST} is corrupted (its digest is not that of what it says); {_rebuild_hint(path)}")
     for name, facts in manifest["files"].items():
         _check_file(path, name, facts, checksums)
     return Artefact(path, manifest)
@@ -196,6 +200,10 @@ def _note(path: Path) -> Path:
 
 def _plain(value: Mapping) -> dict:
     return json.loads(json.dumps(value, default=lambda x: x.item() if isinstance(x, np.generic) else str(x)))
+
+
+def _without(manifest: Mapping, name: str) -> dict:
+    return {key: value for key, value in manifest.items() if key != name}
 
 
 def _digest_json(value: Mapping) -> str:

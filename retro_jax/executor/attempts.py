@@ -132,11 +132,12 @@ class _Run:
             return None
         if self._next:
             return self._next.popleft()
-        if self._running and self._failed[self._again[0][0]] == self._attempts - 1:
-            return None
-        if any(self._failed[number] == self._attempts - 1 for number, _ in self._running.values()):
-            return None
-        return self._again.popleft()
+        alone = self._has_one_attempt(self._again[0]) or any(map(self._has_one_attempt, self._running.values()))
+        return None if self._running and alone else self._again.popleft()
+
+    def _has_one_attempt(self, block: tuple[int, tuple]) -> bool:
+        """After a failure; a block's only attempt is one like others."""
+        return self._failed.get(block[0], 0) == self._attempts - 1 > 0
 
     def _note_failure(self, number: int, task: tuple, error: Exception) -> None:
         if isinstance(error, UserError) or (isinstance(error, OSError) and error.errno in END_THE_RUN):
