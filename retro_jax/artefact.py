@@ -1,8 +1,8 @@
 """Folders of data with a manifest: built once, resumed when killed, refused when their inputs changed.
 
 An artefact is a folder with ``manifest.json``: kind, format version, the settings that made it, the fingerprints of its
-inputs, a summary (counts), and size and SHA-256 of every file. It is built beside its place, in ``<name>.partial``, and
-renamed when whole, so that a folder with a manifest is always complete.
+inputs, a summary (counts), size and SHA-256 of every file, and a digest of all this. It is built beside its place, in
+``<name>.partial``, and renamed when whole, so that a folder with a manifest is always complete.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -95,8 +96,8 @@ def build_artefact(
     partial.mkdir(parents=True, exist_ok=True)
     with _locked(path), _disk_full_told(path):
         _sweep(partial)
-        if (partial / PLAN).exists():
-            _refuse_other(path, plan, json.loads((partial / PLAN).read_text()))
+        if found := _plan_of(partial):
+            _refuse_other(path, plan, found)
         else:
             write_text(partial / PLAN, json.dumps(plan, indent=2, sort_keys=True))
         try:
@@ -105,11 +106,12 @@ def build_artefact(
             shutil.rmtree(partial)
             raise
         manifest = {**plan, "summary": _plain(summary), "files": _file_facts(partial)}
-        manifest["fingerprint"] = _digest_json({k: v for k, v in manifest.items() if k != "summary"})
+        manifest["fingerprint"] = _digest_json(_without(manifest, "summary"))
         if (partial / BLOCKS).exists():
             (partial / BLOCKS).rename(partial / DROPPED)
             shutil.rmtree(partial / DROPPED)
         (partial / PLAN).unlink()
+        manifest["digest"] = _digest_json(manifest)
         write_text(partial / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True) + "\n")
         partial.rename(path)
     return Artefact(path, manifest)
@@ -140,6 +142,9 @@ def open_artefact(path: Path, kind: str, *, checksums: Checksums = "small") -> A
             f"{path} has format version {manifest.get('format_version')}, this program reads {FORMAT_VERSION}; "
             f"{_rebuild_hint(path)}"
         )
+    # Of 0.1.0 they have no digest of themselves.
+    if manifest.get("digest", (digest := _digest_json(_without(manifest, "digest")))) != digest:
+        raise UserError(f"{path / MANIFEST} is corrupted (its digest is not that of what it says); {_rebuild_hint(path)}")
     for name, facts in manifest["files"].items():
         _check_file(path, name, facts, checksums)
     return Artefact(path, manifest)
@@ -151,7 +156,7 @@ def remove_artefact(path: Path) -> None:
     shutil.rmtree(path.with_name(path.name + ".partial"), ignore_errors=True)
 
 
-def write_bytes(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes | memoryview) -> None:
     """Write a file so that it is whole or not there."""
     temporary = path.with_name(path.name + f".tmp{os.getpid()}")
     try:
@@ -170,8 +175,39 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
+def write_noted(path: Path, data: bytes) -> None:
+    """Write a file that a killed build leaves to the next one, and beside it its checksum."""
+    write_bytes(path, data)
+    write_text(_note(path), hashlib.sha256(data).hexdigest())
+
+
+def is_as_noted(path: Path) -> bool:
+    """Whether a file of :func:`write_noted` is there and is what was written; says so where it is something else."""
+    if not path.exists() or not _note(path).exists():
+        return False
+    with open(path, "rb") as file:
+        whole = hashlib.file_digest(file, "sha256").hexdigest().encode() == _note(path).read_bytes()
+    if not whole:
+        print(f"{path} is corrupted (its checksum is not the one that was noted); it is made anew", file=sys.stderr)
+    return whole
+
+
+def unlink_noted(path: Path) -> None:
+    """Remove a file of :func:`write_noted`."""
+    path.unlink(missing_ok=True)
+    _note(path).unlink(missing_ok=True)
+
+
+def _note(path: Path) -> Path:
+    return path.with_name(path.name + ".sha256")
+
+
 def _plain(value: Mapping) -> dict:
     return json.loads(json.dumps(value, default=lambda x: x.item() if isinstance(x, np.generic) else str(x)))
+
+
+def _without(manifest: Mapping, name: str) -> dict:
+    return {key: value for key, value in manifest.items() if key != name}
 
 
 def _digest_json(value: Mapping) -> str:
@@ -190,6 +226,19 @@ def _sweep(partial: Path) -> None:
     (partial / MANIFEST).unlink(missing_ok=True)
     for path in partial.rglob("*.tmp*"):
         path.unlink(missing_ok=True)
+
+
+def _plan_of(partial: Path) -> Mapping | None:
+    """What a killed build was to make; one that cannot be read is named, and what it left is dropped."""
+    try:
+        return json.loads((partial / PLAN).read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        print(f"{partial / PLAN} is corrupted; what stands beside it is not taken up, it is made anew", file=sys.stderr)
+    for path in partial.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return None
 
 
 def _file_facts(partial: Path) -> dict:
@@ -212,6 +261,8 @@ def _check_file(folder: Path, name: str, facts: Mapping, checksums: Checksums) -
     stat = path.stat()
     if stat.st_size != facts["bytes"]:
         raise UserError(f"{path} has {stat.st_size} bytes instead of {facts['bytes']} (truncated?); {_rebuild_hint(folder)}")
+    if checksums == "all":
+        _digest_file.cache_clear()  # a byte that a disk has lost changes no time
     checked = checksums == "all" or (checksums == "small" and stat.st_size <= CHECKSUM_ON_OPEN_BYTES)
     if checked and _digest_file(path, stat.st_size, stat.st_mtime_ns) != facts["sha256"]:
         raise UserError(f"{path} is corrupted (its checksum is not the manifest's); {_rebuild_hint(folder)}")

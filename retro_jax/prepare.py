@@ -92,7 +92,9 @@ def prepare(
     stages.run(lambda: build_tokens(config.corpus, data_dir))
     stages.run(lambda: build_chunks(config.chunks, data_dir))
     tables = open_chunk_tables(data_dir)
-    ngrams = stages.run(lambda: build_ngrams(data_dir, tables["train"], workers=config.retrieval.workers))
+    ngrams = stages.run(
+        lambda: build_ngrams(data_dir, tables["train"], workers=config.retrieval.workers, executor=config.retrieval.executor)
+    )
     neighbours = stages.run(lambda: build_neighbours(config.retrieval, data_dir, tables, config.chunks))
     read = ("tokenizer", "tokens", "chunks", "ngrams", "neighbours")
     fingerprints = {name: open_artefact(data_dir / name, name).fingerprint for name in read}

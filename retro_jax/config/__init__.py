@@ -6,8 +6,8 @@ Arrays carry their dims in their names, with these letters throughout the projec
     K neighbours     R retrieved length    D width              N query heads
     G key/value heads   H head width       F feed-forward width V vocabulary
 
-No class name occurs twice in the tree under :class:`Config`, so ``Class.field`` names a setting; the one
-object that stands in two places, :class:`ChunkConfig`, must be equal in both.
+No class name occurs twice in the tree under :class:`Config`, so ``Class.field`` names a setting; the objects that
+stand in two places, :class:`ChunkConfig` and :class:`ExecutorConfig`, must be equal in both.
 """
 
 from retro_jax.config.data import (
@@ -21,6 +21,7 @@ from retro_jax.config.data import (
     Split,
     TokenizerConfig,
 )
+from retro_jax.config.executor import ExecutorConfig
 from retro_jax.config.mesh import MeshConfig
 from retro_jax.config.model import Activation, EncoderConfig, Implementation, ModelConfig, Norm, Positions, RetroConfig
 from retro_jax.config.recompute import Part, Recompute, RecomputePolicy
@@ -38,6 +39,7 @@ __all__ = [
     "DataConfig",
     "EncoderConfig",
     "EvalConfig",
+    "ExecutorConfig",
     "Implementation",
     "MeshConfig",
     "Metric",

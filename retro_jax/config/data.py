@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from retro_jax.config.checks import check, check_choice, check_fraction, check_positive
+from retro_jax.config.executor import ExecutorConfig
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -33,6 +34,7 @@ class CorpusConfig:
     max_documents: int | None = None
     workers: int = 2
     block_documents: int = 2048
+    executor: ExecutorConfig = field(default_factory=ExecutorConfig)
 
     def __post_init__(self) -> None:
         check(len(self.sources) > 0, "CorpusConfig.sources is empty; name at least one, for example ('python-docs',)")
@@ -150,6 +152,7 @@ class RetrievalConfig:
     saved: int = 20
     block_chunks: int = 4096
     workers: int = 2
+    executor: ExecutorConfig = field(default_factory=ExecutorConfig)
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -36,6 +36,11 @@ class Config:
                 f"Config.chunks={self.chunks} and RetroConfig.chunks={self.model.retro.chunks} differ; "
                 "give both the same ChunkConfig",
             )
+        check(
+            self.corpus.executor == self.retrieval.executor,
+            f"CorpusConfig.executor={self.corpus.executor} and RetrievalConfig.executor={self.retrieval.executor} differ; "
+            "give both the same ExecutorConfig",
+        )
         for name, value in (
             ("DataConfig.seq_len", self.data.seq_len),
             ("EvalConfig.window", self.evaluation.window),

@@ -31,6 +31,7 @@ class ChunkTable:
         source_chunks: int64 [sources + 1], the first chunk id of each source, and the end.
         num_documents: documents of the split.
         eod_id: the token that ends a document.
+        source_names: the sources, as ``CorpusConfig.sources`` names them.
     """
 
     def __init__(self, data_dir: Path, split: Split) -> None:
@@ -41,6 +42,7 @@ class ChunkTable:
         facts = chunks.summary["splits"][split]
         self.chunk_len: int = chunks.settings["chunk_len"]
         self.eod_id: int = chunks.summary["eod"]
+        self.source_names: list[str] = [source["name"] for source in tokens.summary["sources"]]
         self.num_documents: int = facts["documents"]
         self.start_N = chunks.array(f"{split}.start")
         self.remaining_N = chunks.array(f"{split}.remaining")
@@ -62,6 +64,15 @@ class ChunkTable:
     def sources(self, chunk_ids: np.ndarray) -> np.ndarray:
         """The number of each chunk's source, int64 of the shape of ``chunk_ids``, which are at least 0."""
         return np.searchsorted(self.source_chunks, chunk_ids, side="right") - 1
+
+    def describe(self, start: int, stop: int) -> str:
+        """The chunks ``start`` to ``stop - 1`` in words, with their documents (as ``document_N`` counts them) and sources."""
+        parts = []
+        for source, name in enumerate(self.source_names):
+            first, end = (int(np.clip(self.source_chunks[source + at], start, stop)) for at in (0, 1))
+            if first < end:
+                parts.append(f"documents {self.document_N[first]} to {self.document_N[end - 1]} from {name!r}")
+        return f"{self._split} chunks {start} to {stop - 1}: {', '.join(parts)}"
 
     def gather(self, chunk_ids: np.ndarray, length: int, *, eod: bool = False) -> tuple[np.ndarray, np.ndarray]:
         """The ``length`` tokens of each chunk's document from the chunk's first token on, ending with the document.

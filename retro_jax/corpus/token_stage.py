@@ -61,6 +61,8 @@ def build_tokens(config: CorpusConfig, data_dir: Path) -> Artefact:
             _tasks(config, (tokenizer.path, tokenizer.fingerprint)),
             workers=config.workers,
             description="tokens: blocks of documents",
+            executor=config.executor,
+            describe=_describe,
         )
         return _merge(folder, count, config, load_tokenizer(tokenizer.path))
 
@@ -93,6 +95,14 @@ def _tasks(config: CorpusConfig, tokenizer: tuple[Path, str]) -> Iterator[tuple]
             documents = islice(read_documents(source, text_field=config.text_field), config.max_documents)
             for block in _cut(documents, config.block_documents):
                 yield number, config, tokenizer, block
+
+
+def _describe(task: tuple) -> str:
+    number, config, _, block = task
+    source = f"source {config.sources[number]!r}"
+    if isinstance(block, tuple):
+        return f"documents {block[1]} to {block[2] - 1} of {source}"
+    return f"{len(block)} documents of {source}, {block[0].where!r} to {block[-1].where!r}"
 
 
 def _cut(documents: Iterator[Document], block_documents: int) -> Iterator[list[Document]]:

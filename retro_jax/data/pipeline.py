@@ -16,13 +16,13 @@ import grain
 import numpy as np
 from absl import flags
 
-from retro_jax.blocks import die_with
 from retro_jax.config import DataConfig
 from retro_jax.data.batch import Batch
 from retro_jax.data.joined_rows import REBUILD, JoinedRows
 from retro_jax.data.reader import RowReader
 from retro_jax.data.training_rows import TrainingRows
 from retro_jax.errors import UserError
+from retro_jax.executor.processes import die_with
 
 THREADS = 2
 ALL = slice(None)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from retro_jax.artefact import write_bytes
+from retro_jax.artefact import is_as_noted, unlink_noted, write_noted
 from retro_jax.config import RetrievalConfig
 from retro_jax.errors import BadInput
 from retro_jax.progress import progress_bar
@@ -59,7 +59,7 @@ def build_dense_index(config: RetrievalConfig, database: DenseVectors, folder: P
     faiss = import_faiss()
     index = _trained(faiss, config, factory, database, folder)
     if goes_to_disk(faiss, index):
-        add_on_disk(faiss, index, folder / TRAINED_FILE, database, config.workers)
+        add_on_disk(faiss, index, folder / TRAINED_FILE, database, config)
     else:
         _add_in_memory(faiss, index, factory, database)
     parameters = automatic_parameters(faiss, index) if config.index_search == "auto" else config.index_search
@@ -73,7 +73,7 @@ def build_dense_index(config: RetrievalConfig, database: DenseVectors, folder: P
         found = {"search": "approximate", f"recall_at_{RECALL_AT}": round(recall, 4), "recall_queries": len(sample.ids_Q)}
     set_search_parameters(index, made.parameters)
     _write(faiss, index, folder / INDEX_FILE)
-    (folder / TRAINED_FILE).unlink(missing_ok=True)
+    unlink_noted(folder / TRAINED_FILE)
     return {**facts, "search_parameters": made.parameters, "candidates": made.candidates, **found}
 
 
@@ -88,7 +88,7 @@ def automatic_parameters(faiss: ModuleType, index: Any) -> str:
 def _trained(faiss: ModuleType, config: RetrievalConfig, factory: str, database: DenseVectors, folder: Path) -> Any:
     """The empty index, trained once: what a killed run left is taken up."""
     path = folder / TRAINED_FILE
-    if path.exists():
+    if is_as_noted(path):
         return faiss.read_index(str(path))
     index = make_index(faiss, factory, database.vectors_ND.shape[1], config.metric)
     if not index.is_trained:
@@ -104,7 +104,7 @@ def _trained(faiss: ModuleType, config: RetrievalConfig, factory: str, database:
                 "use 'auto' or a smaller index"
             ) from None
         del kept
-    write_bytes(path, faiss.serialize_index(index).tobytes())
+    write_noted(path, faiss.serialize_index(index).tobytes())
     return index
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from retro_jax.blocks import block_arrays, run_blocks
+from retro_jax.config import RetrievalConfig
 from retro_jax.retrieval.dense_index import LISTS_FILE, import_faiss, one_thread, without_stdout
 from retro_jax.retrieval.vectors import DenseVectors
 
@@ -30,7 +31,7 @@ def goes_to_disk(faiss: ModuleType, index: Any) -> bool:
     return type(inner).__name__ in ON_DISK_TYPES
 
 
-def add_on_disk(faiss: ModuleType, index: Any, trained: Path, database: DenseVectors, workers: int) -> None:
+def add_on_disk(faiss: ModuleType, index: Any, trained: Path, database: DenseVectors, config: RetrievalConfig) -> None:
     """Add the database to an empty index, its lists in ``lists.ivfdata`` beside ``trained``, the file of the empty index."""
     from faiss.contrib.ondisk import merge_ondisk
 
@@ -38,7 +39,16 @@ def add_on_disk(faiss: ModuleType, index: Any, trained: Path, database: DenseVec
     size = rows_of_part(faiss, index)
     starts = range(0, len(database), size)
     tasks = ((trained, database, start, min(start + size, len(database))) for start in starts)
-    run_blocks(folder, _assign_block, tasks, workers=workers, description="index", total=len(starts))
+    run_blocks(
+        folder,
+        _assign_block,
+        tasks,
+        workers=config.workers,
+        description="index",
+        total=len(starts),
+        executor=config.executor,
+        describe=lambda task: f"train chunks {task[2]} to {task[3] - 1}",
+    )
     parts = [folder / f"part{number}.faiss" for number in range(len(starts))]
     for number, part in enumerate(parts):
         part.write_bytes(block_arrays(folder, number)["index"].tobytes())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,8 +35,10 @@ def build_vectors(config: RetrievalConfig, texts: ChunkTexts, embedder: Artefact
 
 def _embed_all(config: RetrievalConfig, texts: ChunkTexts, embedder: Artefact, folder: Path) -> Mapping:
     model = load_embedder(embedder.path)
-    blocks = SplitBlocks(replace(config, workers=1) if model.one_process else config, texts)
-    blocks.run(folder, _embed_block, embedder.path, embedder.fingerprint, texts, description="vectors")
+    blocks = SplitBlocks(config, texts)
+    blocks.run(
+        folder, embed_block, embedder.path, embedder.fingerprint, texts, description="vectors", one_process=model.one_process
+    )
     _loaded.cache_clear()
     blocks.join(folder, _no_vectors(model))
     if model.sparse:
@@ -47,9 +48,10 @@ def _embed_all(config: RetrievalConfig, texts: ChunkTexts, embedder: Artefact, f
     return {"splits": splits, "dim": model.dim, "sparse": model.sparse}
 
 
-def _embed_block(
+def embed_block(
     embedder: Path, fingerprint: str, texts: ChunkTexts, split: Split, start: int, stop: int
 ) -> dict[str, np.ndarray]:
+    """The vectors of one block, by the names of its arrays."""
     return _arrays(_loaded(embedder, fingerprint).embed(texts.read(split, np.arange(start, stop))))
 
 

@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from retro_jax.artefact import Artefact, build_artefact, open_artefact
-from retro_jax.blocks import concatenate_blocks, run_blocks
+from retro_jax.blocks import LOCAL, concatenate_blocks, run_blocks
+from retro_jax.config import ExecutorConfig
 from retro_jax.corpus.chunk_table import ChunkTable
 
 NGRAMS = "ngrams"
@@ -71,27 +72,27 @@ class NgramLookup:
         return runs_N
 
 
-def build_ngrams(data_dir: Path, table: ChunkTable, *, workers: int = 1) -> NgramLookup:
+def build_ngrams(data_dir: Path, table: ChunkTable, *, workers: int = 1, executor: ExecutorConfig = LOCAL) -> NgramLookup:
     """Build ``<data_dir>/ngrams`` from the train split's chunks, or open it. Memory does not grow with the corpus."""
     chunks = open_artefact(Path(data_dir) / "chunks", "chunks")
 
     def make(folder: Path) -> Mapping:
-        step = max(1, SHARD_TOKENS // table.chunk_len)
-        starts = range(0, table.num_chunks, step)
-        tasks = ((table, start, min(start + step, table.num_chunks)) for start in starts)
+        shards = shards_of(table)
         run_blocks(
             folder,
-            _build_shard,
-            tasks,
-            workers=min(workers, max(1, len(starts))),
+            build_shard,
+            ((table, start, stop) for start, stop in shards),
+            workers=min(workers, max(1, len(shards))),
             description="8-token look-up",
-            total=len(starts),
+            total=len(shards),
+            executor=executor,
+            describe=lambda task: task[0].describe(*task[1:]),
         )
-        for shard in range(len(starts)):
+        for shard in range(len(shards)):
             for name in ("tokens", "order", "bits"):
                 concatenate_blocks(folder, 1, name, folder / f"{shard}.{name}.npy", first=shard)
-        windows = sum(len(np.load(folder / f"{shard}.order.npy", mmap_mode="r")) for shard in range(len(starts)))
-        return {"shards": len(starts), "windows": windows}
+        windows = sum(len(np.load(folder / f"{shard}.order.npy", mmap_mode="r")) for shard in range(len(shards)))
+        return {"shards": len(shards), "windows": windows}
 
     settings = {"run": RUN, "longest": table.chunk_len, "shard_tokens": SHARD_TOKENS}
     artefact = build_artefact(
@@ -100,7 +101,13 @@ def build_ngrams(data_dir: Path, table: ChunkTable, *, workers: int = 1) -> Ngra
     return NgramLookup(artefact)
 
 
-def _build_shard(table: ChunkTable, start: int, stop: int) -> dict[str, np.ndarray]:
+def shards_of(table: ChunkTable) -> list[tuple[int, int]]:
+    """The first chunk of each shard, and the one after its last."""
+    step = max(1, SHARD_TOKENS // table.chunk_len)
+    return [(start, min(start + step, table.num_chunks)) for start in range(0, table.num_chunks, step)]
+
+
+def build_shard(table: ChunkTable, start: int, stop: int) -> dict[str, np.ndarray]:
     """Suffixes that start in chunks ``start`` to ``stop``; the text goes on a chunk further, so that none is cut short."""
     tokens, own = _shard_tokens(table, start, stop)
     ends = np.flatnonzero(tokens == DOCUMENT_END)

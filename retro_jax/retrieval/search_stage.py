@@ -21,7 +21,7 @@ from retro_jax.retrieval.vectors import DenseVectors, SparseVectors, open_vector
 
 
 @dataclass(frozen=True)
-class _Searched:
+class Searched:
     """What a worker opens once: names only, so that it travels to other processes."""
 
     texts: ChunkTexts
@@ -34,8 +34,8 @@ def search_all(config: RetrievalConfig, texts: ChunkTexts, index: Artefact, vect
     """Search the neighbours of every chunk of every split, in blocks; writes ``<split>.ids.npy`` and
     ``<split>.distances.npy`` and returns facts for the manifest."""
     blocks = SplitBlocks(replace(config, workers=1) if one_process(index) else config, texts)
-    searched = _Searched(texts, index.path, vectors.path, index.fingerprint)
-    blocks.run(folder, _search_block, searched, config.saved, description="neighbours")
+    searched = Searched(texts, index.path, vectors.path, index.fingerprint)
+    blocks.run(folder, search_block, searched, config.saved, description="neighbours")
     none: dict[str, np.ndarray] = {
         "ids": np.zeros((0, config.saved), np.int64),
         "distances": np.zeros((0, config.saved), np.float32),
@@ -47,7 +47,8 @@ def search_all(config: RetrievalConfig, texts: ChunkTexts, index: Artefact, vect
     return {"splits": splits, "database": blocks.chunks["train"], "distance": distance_of(index), **facts}
 
 
-def _search_block(searched: _Searched, saved: int, split: Split, start: int, stop: int) -> dict[str, np.ndarray]:
+def search_block(searched: Searched, saved: int, split: Split, start: int, stop: int) -> dict[str, np.ndarray]:
+    """The neighbours of one block: ``ids`` int64 [stop - start, saved] and ``distances`` float32."""
     index, vectors = _opened(searched)
     document_N = searched.texts.table("train").document_N
     own_document_Q = np.array(document_N[start:stop]) if split == "train" else np.full(stop - start, -1)
@@ -57,7 +58,7 @@ def _search_block(searched: _Searched, saved: int, split: Split, start: int, sto
 
 
 @functools.lru_cache(maxsize=1)
-def _opened(searched: _Searched) -> tuple[Index, dict[Split, DenseVectors | SparseVectors]]:
+def _opened(searched: Searched) -> tuple[Index, dict[Split, DenseVectors | SparseVectors]]:
     vectors = open_artefact(searched.vectors, "vectors")
     return open_index(open_artefact(searched.index, "index"), vectors), {split: open_vectors(vectors, split) for split in SPLITS}
 

@@ -26,8 +26,19 @@ class SplitBlocks:
         """Chunks of each split."""
         return {split: self.texts.table(split).num_chunks for split in SPLITS}
 
-    def run(self, folder: Path, compute: Callable[..., Block], *first_arguments: object, description: str) -> None:
-        """Store ``compute(*first_arguments, split, start, stop)`` of every block; see :func:`retro_jax.blocks.run_blocks`."""
+    def run(
+        self,
+        folder: Path,
+        compute: Callable[..., Block],
+        *first_arguments: object,
+        description: str,
+        one_process: bool = False,
+    ) -> None:
+        """Store ``compute(*first_arguments, split, start, stop)`` of every block; see :func:`retro_jax.blocks.run_blocks`.
+
+        ``one_process``: a process keeps all cores, or the accelerator, busy by itself, so that a machine has one; on a cluster
+        each asks for ``ExecutorConfig.gpus``.
+        """
         keep_blocks_of(folder, self.config.block_chunks)
         size = self.config.block_chunks
         tasks = (
@@ -36,7 +47,18 @@ class SplitBlocks:
             for start in range(0, chunks, size)
         )
         total = sum(self._blocks(split) for split in SPLITS)
-        run_blocks(folder, compute, tasks, workers=self.config.workers, description=description, total=total)
+        executor = self.config.executor
+        run_blocks(
+            folder,
+            compute,
+            tasks,
+            workers=1 if one_process and executor.kind == "local" else self.config.workers,
+            description=description,
+            total=total,
+            executor=executor,
+            gpus=executor.gpus if one_process else 0.0,
+            describe=lambda task: self.texts.table(task[-3]).describe(*task[-2:]),
+        )
 
     def join(self, folder: Path, none: Mapping[str, np.ndarray]) -> None:
         """Write ``<split>.<name>.npy`` for every split and name: the blocks' arrays in order, or the array of ``none`` for a

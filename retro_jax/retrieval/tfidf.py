@@ -52,7 +52,16 @@ class TfidfEmbedder:
         starts = range(0, chunks, config.block_chunks)
         tasks = ((texts, start, min(start + config.block_chunks, chunks), config.features, config.max_ngram) for start in starts)
         keep_blocks_of(folder, config.block_chunks)
-        blocks = run_blocks(folder, _count_chunks, tasks, workers=config.workers, description="TF-IDF weights", total=len(starts))
+        blocks = run_blocks(
+            folder,
+            _count_chunks,
+            tasks,
+            workers=config.workers,
+            description="TF-IDF weights",
+            total=len(starts),
+            executor=config.executor,
+            describe=lambda task: texts.table("train").describe(*task[1:3]),
+        )
         df_F = np.zeros(config.features, np.int64)
         for number in range(blocks):
             block = block_arrays(folder, number)
