@@ -8,7 +8,7 @@ from retro_jax.artefact import open_artefact
 from retro_jax.cli import Run
 from retro_jax.gin_config import config_text
 from retro_jax.model import count_parameters
-from retro_jax.prepare import built_stages
+from retro_jax.prepare import built_stages, stages_of
 from retro_jax.training.train import check_run, model_configs
 
 
@@ -24,7 +24,8 @@ def describe_run(run: Run) -> str:
     parts = [
         config_text(run.config),
         f"workdir: {run.workdir} ({'there' if run.workdir.exists() else 'to be made'})",
-        "data: " + ", ".join(f"{stage} {'to build' if state == 'missing' else state}" for stage, state in states.items()),
+        "data: "
+        + ", ".join(f"{stage} {states.get(stage, 'missing').replace('missing', 'to build')}" for stage in stages_of(run.config)),
         *_models(run, states),
         *([f"starts from: {run.config.training.start_from}"] if run.config.training.start_from else []),
         *_steps(run, states),

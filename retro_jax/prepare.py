@@ -15,7 +15,8 @@ from retro_jax.corpus.token_stage import build_tokens
 from retro_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from retro_jax.corpus.tokenizer_stage import build_tokenizer
 from retro_jax.errors import UserError
-from retro_jax.retrieval.neighbours import NeighbourTable, build_neighbours
+from retro_jax.retrieval.database import Database
+from retro_jax.retrieval.neighbours import NeighbourTable, build_database, build_neighbours
 from retro_jax.retrieval.ngrams import NgramLookup, build_ngrams
 
 # What each artefact is made from, in the order in which they are made. Its folder and its kind have the same name.
@@ -27,9 +28,12 @@ MADE_FROM = {
     "embedder": ("chunks",),
     "vectors": ("embedder",),
     "index": ("vectors",),
-    "neighbours": ("index",),
+    "queries": ("embedder",),
+    "neighbours": ("index", "queries"),
 }
-STAGES = tuple(MADE_FROM)
+# Built only where what searches is embedded otherwise than what is found.
+QUERIES = "queries"
+STAGES = tuple(stage for stage in MADE_FROM if stage != QUERIES)
 Made = TypeVar("Made")
 
 
@@ -59,18 +63,16 @@ def prepare(config: Config, data_dir: Path, report: Callable[[str], None] = prin
             something is missing that is not to be built.
     """
     data_dir = Path(data_dir)
-    missing = [stage for stage, state in built_stages(data_dir).items() if state != "built"]
+    states = built_stages(data_dir)
+    missing = [stage for stage in stages_of(config) if states.get(stage) != "built"]
     if missing and not build:
         raise UserError(
             f"{data_dir} has no {missing[0]}, and several processes do not build data together; "
             "run python -m retro_jax prepare once, with the same --config, --workdir and --set"
         )
-    data_dir.mkdir(parents=True, exist_ok=True)
     stages = _Stages(data_dir, report)
-    stages.run(lambda: build_tokenizer(config.tokenizer, config.corpus, data_dir))
+    _prepare_chunks(config, data_dir, stages)
     tokenizer = load_tokenizer(data_dir / "tokenizer")
-    stages.run(lambda: build_tokens(config.corpus, data_dir))
-    stages.run(lambda: build_chunks(config.chunks, data_dir))
     tables = open_chunk_tables(data_dir)
     ngrams = stages.run(lambda: build_ngrams(data_dir, tables["train"], workers=config.retrieval.workers))
     neighbours = stages.run(lambda: build_neighbours(config.retrieval, data_dir, tables, config.chunks))
@@ -79,13 +81,36 @@ def prepare(config: Config, data_dir: Path, report: Callable[[str], None] = prin
     return Prepared(tokenizer, tables, neighbours, ngrams, fingerprints)
 
 
+def prepare_database(config: Config, data_dir: Path, report: Callable[[str], None] = print) -> Database:
+    """As :func:`prepare`, of what a search needs alone: training chunks, embedder and index."""
+    data_dir = Path(data_dir)
+    stages = _Stages(data_dir, report)
+    _prepare_chunks(config, data_dir, stages)
+    stages.run(lambda: build_database(config.retrieval, data_dir))
+    return Database(data_dir)
+
+
+def _prepare_chunks(config: Config, data_dir: Path, stages: _Stages) -> None:
+    data_dir.mkdir(parents=True, exist_ok=True)
+    stages.run(lambda: build_tokenizer(config.tokenizer, config.corpus, data_dir))
+    stages.run(lambda: build_tokens(config.corpus, data_dir))
+    stages.run(lambda: build_chunks(config.chunks, data_dir))
+
+
+def stages_of(config: Config) -> tuple[str, ...]:
+    """The stages that a config has, in order."""
+    return STAGES if config.retrieval.symmetric else tuple(MADE_FROM)
+
+
 def built_stages(data_dir: Path) -> dict[str, str]:
-    """For each stage "built", "unfinished" (a killed run left blocks) or "missing"."""
+    """For each stage "built", "unfinished" (a killed run left blocks) or "missing"; ``queries`` stands in it unless missing."""
     states = {}
-    for stage in STAGES:
+    for stage in MADE_FROM:
         path = Path(data_dir) / stage
         unfinished = path.with_name(stage + ".partial").exists()
         states[stage] = "built" if (path / MANIFEST).exists() else "unfinished" if unfinished else "missing"
+    if states[QUERIES] == "missing":
+        del states[QUERIES]
     return states
 
 
@@ -95,13 +120,13 @@ def remove_stage(data_dir: Path, stage: str) -> list[str]:
     Raises:
         UserError: there is no such stage.
     """
-    if stage not in STAGES:
-        raise UserError(f"--rebuild {stage} names no stage; choose one of {', '.join(STAGES)}")
+    if stage not in MADE_FROM:
+        raise UserError(f"--rebuild {stage} names no stage; choose one of {', '.join(MADE_FROM)}")
     states, made = built_stages(data_dir), {stage}
     for name, inputs in MADE_FROM.items():
         if made.intersection(inputs):
             made.add(name)
-    removed = [name for name in STAGES if name in made and states[name] != "missing"]
+    removed = [name for name in MADE_FROM if name in made and states.get(name, "missing") != "missing"]
     for name in reversed(removed):
         remove_artefact(Path(data_dir) / name)
     return removed
@@ -137,7 +162,7 @@ class _Stages:
             self._reported.add(name)
             artefact = open_artefact(self._data_dir / name, name)
             took, word = "", "skipped"
-            if before[name] != "built":
+            if before.get(name) != "built":
                 ended = (artefact.path / MANIFEST).stat().st_mtime
                 took, began, word = f"{max(ended - began, 0.0):8.1f} s", ended, "built"
             self._report(f"{name:<11} {word:<8} {took:>10}  {_counts(artefact)}")

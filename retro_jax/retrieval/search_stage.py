@@ -27,14 +27,17 @@ class _Searched:
     texts: ChunkTexts
     index: Path
     vectors: Path
+    queries: Path
     fingerprint: str
 
 
-def search_all(config: RetrievalConfig, texts: ChunkTexts, index: Artefact, vectors: Artefact, folder: Path) -> Mapping:
-    """Search the neighbours of every chunk of every split, in blocks; writes ``<split>.ids.npy`` and
+def search_all(
+    config: RetrievalConfig, texts: ChunkTexts, index: Artefact, vectors: Artefact, queries: Artefact, folder: Path
+) -> Mapping:
+    """Search the neighbours of every chunk of every split by its vector in ``queries``, in blocks; writes ``<split>.ids.npy`` and
     ``<split>.distances.npy`` and returns facts for the manifest."""
     blocks = SplitBlocks(config, texts)
-    searched = _Searched(texts, index.path, vectors.path, index.fingerprint)
+    searched = _Searched(texts, index.path, vectors.path, queries.path, index.fingerprint)
     blocks.run(folder, _search_block, searched, config.saved, description="neighbours")
     none: dict[str, np.ndarray] = {
         "ids": np.zeros((0, config.saved), np.int64),
@@ -47,18 +50,19 @@ def search_all(config: RetrievalConfig, texts: ChunkTexts, index: Artefact, vect
 
 
 def _search_block(searched: _Searched, saved: int, split: Split, start: int, stop: int) -> dict[str, np.ndarray]:
-    index, vectors = _opened(searched)
+    index, queries = _opened(searched)
     document_N = searched.texts.table("train").document_N
     own_document_Q = np.array(document_N[start:stop]) if split == "train" else np.full(stop - start, -1)
     with threadpool_limits(1):
-        ids_QS, distances_QS = nearest_outside(index, vectors[split].rows(start, stop), own_document_Q, document_N, saved)
+        ids_QS, distances_QS = nearest_outside(index, queries[split].rows(start, stop), own_document_Q, document_N, saved)
     return {"ids": ids_QS, "distances": distances_QS}
 
 
 @functools.lru_cache(maxsize=1)
 def _opened(searched: _Searched) -> tuple[Index, dict[Split, DenseVectors | SparseVectors]]:
     vectors = open_artefact(searched.vectors, "vectors")
-    return open_index(open_artefact(searched.index, "index"), vectors), {split: open_vectors(vectors, split) for split in SPLITS}
+    queries = vectors if searched.queries == searched.vectors else open_artefact(searched.queries, "queries")
+    return open_index(open_artefact(searched.index, "index"), vectors), {split: open_vectors(queries, split) for split in SPLITS}
 
 
 def _counts(ids_NS: np.ndarray) -> dict[str, int]:
