@@ -1,9 +1,9 @@
-"""Evaluate the trained models of a workdir on held-out documents."""
+"""Evaluate the trained models of a workdir on held-out documents, or its database on questions."""
 
 import argparse
 import sys
 
-from retro_jax.cli import Run, argument_parser, exit_code, refuse_other_config, report_console, run_of
+from retro_jax.cli import STORED_TEXT, Run, argument_parser, exit_code, refuse_other_config, report_console, run_of, store_config
 from retro_jax.errors import UserError
 
 
@@ -11,11 +11,13 @@ def main() -> int:
     """The command; returns its exit code."""
     parser = argument_parser(
         "python eval.py",
-        "Evaluate the trained models of a workdir: loss, perplexity and bits per byte of whole held-out documents, with "
-        "retrieval on, off and shuffled, and by overlap with the training text.",
+        "perplexity: the trained models of a workdir by loss, perplexity and bits per byte of whole held-out documents, with "
+        "retrieval on, off and shuffled, and by overlap with the training text. retrieval: how often the passage that answers a "
+        "question of EvalConfig.questions is among the nearest; no model is needed.",
         "python eval.py --config quickstart --workdir runs/quickstart --task perplexity --set EvalConfig.split=valid",
     )
-    parser.add_argument("--task", choices=("perplexity",), default="perplexity", help="what to measure (default: perplexity)")
+    tasks = ("perplexity", "retrieval")
+    parser.add_argument("--task", choices=tasks, default="perplexity", help="what to measure (default: perplexity)")
     parser.add_argument(
         "--checkpoint", default="latest", metavar="latest|best|STEP", help="which checkpoint of each model (default: latest)"
     )
@@ -25,6 +27,12 @@ def main() -> int:
 
 def execute(run: Run, arguments: argparse.Namespace) -> None:
     """Build what data are missing, load the models, evaluate, print and write."""
+    {"perplexity": perplexity, "retrieval": retrieval}[arguments.task](run, arguments)
+    print(f"written to {run.workdir}/evaluation")
+
+
+def perplexity(run: Run, arguments: argparse.Namespace) -> None:
+    """Of trained models."""
     if not run.workdir.is_dir():
         raise UserError(f"--workdir {run.workdir} is not there; train first: python train.py --config {arguments.config}")
     # JAX and what else takes seconds to import comes after the arguments are checked.
@@ -36,7 +44,19 @@ def execute(run: Run, arguments: argparse.Namespace) -> None:
     keep_freed_memory()
     prepared = prepare(run.config, run.data_dir, join=False)
     evaluate_trained(run.config, prepared, run.workdir, report_console(), arguments.checkpoint)
-    print(f"written to {run.workdir}/evaluation")
+
+
+def retrieval(run: Run, arguments: argparse.Namespace) -> None:
+    """Of the database, which is built where it is missing, without neighbours."""
+    from retro_jax.evaluation.retrieval import evaluate_retrieval, print_recall, read_questions
+    from retro_jax.prepare import prepare_database
+
+    sets = read_questions(run.config.evaluation.questions)
+    refuse_other_config(run)
+    database = prepare_database(run.config, run.data_dir)
+    if not (run.workdir / STORED_TEXT).exists():
+        store_config(run)
+    print_recall(evaluate_retrieval(run.config, database, sets, run.workdir / "evaluation"), report_console())
 
 
 if __name__ == "__main__":

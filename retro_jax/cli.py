@@ -194,8 +194,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_convert(commands)
     _add_settings(commands)
     _add_plan(commands)
+    _add_retrieval(commands)
     parsed = parser.parse_args(arguments)
-    command = {"prepare": _prepare, "convert": _convert, "settings": _settings, "plan": _plan}[parsed.command]
+    command = {"prepare": _prepare, "convert": _convert, "settings": _settings, "plan": _plan, "retrieval": _retrieval}[
+        parsed.command
+    ]
     return exit_code(lambda: command(parsed))
 
 
@@ -227,6 +230,37 @@ def _add_plan(commands: argparse._SubParsersAction) -> None:
     )
     parser.add_argument("--json", metavar="FILE", help="write all figures too")
     parser.add_argument("--png", metavar="FILE", help="draw memory by kind")
+
+
+def _add_retrieval(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "retrieval",
+        help="ask the database for the neighbours of a text, or check what is built",
+        description="What a workdir's retrieval gives.",
+        epilog='example: python -m retro_jax retrieval query --workdir runs/quickstart "how do I open a file?"',
+    )
+    actions = parser.add_subparsers(dest="action", required=True, metavar="ACTION")
+    asking = actions.add_parser(
+        "query",
+        help="print the nearest training chunks of a text",
+        description="Print the training chunks nearest to each text: distance, document, the chunk and how its document goes on.",
+        epilog='example: python -m retro_jax retrieval query --workdir runs/quickstart --k 3 "how do I open a file?"',
+    )
+    asking.add_argument("text", nargs="+", metavar="TEXT", help="what to look for; - reads texts from standard input, one a line")
+    asking.add_argument("--k", type=int, default=5, metavar="N", help="neighbours a text (default: 5)")
+    asking.add_argument("--json", action="store_true", help="print one JSON object a text")
+    checking = actions.add_parser(
+        "check",
+        help="compute some stored blocks anew and compare them",
+        description="Compute a random share of the blocks of vectors and neighbours anew, and compare them with what is stored.",
+        epilog="example: python -m retro_jax retrieval check --workdir runs/quickstart --fraction 0.05",
+    )
+    checking.add_argument("--fraction", type=float, default=0.01, metavar="F", help="share of the blocks (default: 0.01)")
+    checking.add_argument("--seed", type=int, default=0, metavar="N", help="of the choice of blocks (default: 0)")
+    for action in (asking, checking):
+        action.add_argument("--workdir", metavar="DIR", help="the run's folder (default: runs/<config's name>)")
+        action.add_argument("--config", metavar="FILE", help="gin file, or the name of one in configs/ (default: the workdir's)")
+        _add_overrides(action)
 
 
 def _add_convert(commands: argparse._SubParsersAction) -> None:
@@ -277,6 +311,25 @@ def _plan(arguments: argparse.Namespace) -> None:
     from retro_jax.planning.command import plan
 
     plan(config, arguments, report_console())
+
+
+def _retrieval(arguments: argparse.Namespace) -> None:
+    if arguments.config is None:
+        if arguments.workdir is None:
+            raise UserError("neither --workdir nor --config is given; name the folder of a run that is prepared or trained")
+        stored = Path(arguments.workdir) / STORED_TEXT
+        if not stored.is_file():
+            raise UserError(f"{stored} is not there; give the --config that the data were prepared with, or another --workdir")
+        arguments.config = str(stored)
+    run = run_of(arguments)
+    if arguments.action == "query":
+        os.environ.setdefault("JAX_PLATFORMS", "cpu")  # an encoder embeds a text as well without an accelerator
+    from retro_jax.retrieval import command
+
+    if arguments.action == "check":
+        command.check(run.config, run.data_dir, arguments)
+    else:
+        command.query(run.config, run.data_dir, arguments, report_console())
 
 
 def _settings(arguments: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ from retro_jax.cli import Run
 from retro_jax.data.join import row_record, rows_to_join, space_needed
 from retro_jax.gin_config import config_text
 from retro_jax.model import count_parameters
-from retro_jax.prepare import built_stages
+from retro_jax.prepare import built_stages, stages_of
 from retro_jax.retrieval.memory import in_words
 from retro_jax.training.train import check_run, model_configs
 
@@ -22,9 +22,8 @@ def describe_run(run: Run) -> str:
             corrupted.
     """
     check_run(run.config, run.workdir)
-    states = built_stages(run.data_dir)
-    if run.config.data.rows == "joined":
-        states.setdefault("joined", "missing")
+    built = built_stages(run.data_dir)
+    states = {stage: built.get(stage, "missing") for stage in stages_of(run.config)}
     parts = [
         config_text(run.config),
         f"workdir: {run.workdir} ({'there' if run.workdir.exists() else 'to be made'})",

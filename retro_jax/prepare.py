@@ -17,7 +17,8 @@ from retro_jax.corpus.token_stage import build_tokens
 from retro_jax.corpus.tokenizer import Tokenizer, load_tokenizer
 from retro_jax.corpus.tokenizer_stage import build_tokenizer
 from retro_jax.errors import UserError
-from retro_jax.retrieval.neighbours import NeighbourTable, build_neighbours
+from retro_jax.retrieval.database import Database
+from retro_jax.retrieval.neighbours import NeighbourTable, build_database, build_neighbours
 from retro_jax.retrieval.ngrams import NgramLookup, build_ngrams
 
 if TYPE_CHECKING:
@@ -32,11 +33,13 @@ MADE_FROM = {
     "embedder": ("chunks",),
     "vectors": ("embedder",),
     "index": ("vectors",),
-    "neighbours": ("index",),
+    "queries": ("embedder",),
+    "neighbours": ("index", "queries"),
+    "joined": ("chunks", "neighbours"),
 }
-STAGES = tuple(MADE_FROM)
-# Made only where the config asks for it.
-ON_REQUEST = {"joined": ("chunks", "neighbours")}
+# Built only where the config asks for them: where what searches is embedded otherwise than what is found, and for joined rows.
+ON_REQUEST = ("queries", "joined")
+STAGES = tuple(stage for stage in MADE_FROM if stage not in ON_REQUEST)
 Made = TypeVar("Made")
 
 
@@ -78,19 +81,16 @@ def prepare(
     """
     data_dir = Path(data_dir)
     join = join and config.data.rows == "joined"
-    wanted, states = (*STAGES, *(ON_REQUEST if join else ())), built_stages(data_dir)
+    wanted, states = stages_of(config, join=join), built_stages(data_dir)
     missing = [stage for stage in wanted if states.get(stage) != "built"]
     if missing and not build:
         raise UserError(
             f"{data_dir} has no {missing[0]}, and several processes do not build data together; "
             "run python -m retro_jax prepare once, with the same --config, --workdir and --set"
         )
-    data_dir.mkdir(parents=True, exist_ok=True)
     stages = _Stages(data_dir, wanted, report)
-    stages.run(lambda: build_tokenizer(config.tokenizer, config.corpus, data_dir))
+    _prepare_chunks(config, data_dir, stages)
     tokenizer = load_tokenizer(data_dir / "tokenizer")
-    stages.run(lambda: build_tokens(config.corpus, data_dir))
-    stages.run(lambda: build_chunks(config.chunks, data_dir))
     tables = open_chunk_tables(data_dir)
     ngrams = stages.run(
         lambda: build_ngrams(data_dir, tables["train"], workers=config.retrieval.workers, executor=config.retrieval.executor)
@@ -106,10 +106,32 @@ def prepare(
     return dataclasses.replace(prepared, joined=stages.run(lambda: build_joined(config, data_dir, prepared, epochs=join_epochs)))
 
 
+def prepare_database(config: Config, data_dir: Path, report: Callable[[str], None] = print) -> Database:
+    """As :func:`prepare`, of what a search needs alone: training chunks, embedder and index."""
+    data_dir = Path(data_dir)
+    stages = _Stages(data_dir, STAGES, report)
+    _prepare_chunks(config, data_dir, stages)
+    stages.run(lambda: build_database(config.retrieval, data_dir))
+    return Database(data_dir)
+
+
+def _prepare_chunks(config: Config, data_dir: Path, stages: _Stages) -> None:
+    data_dir.mkdir(parents=True, exist_ok=True)
+    stages.run(lambda: build_tokenizer(config.tokenizer, config.corpus, data_dir))
+    stages.run(lambda: build_tokens(config.corpus, data_dir))
+    stages.run(lambda: build_chunks(config.chunks, data_dir))
+
+
+def stages_of(config: Config, *, join: bool = True) -> tuple[str, ...]:
+    """The stages that a config has, in order; ``join``: with joined rows, where ``DataConfig.rows`` says so."""
+    asked = {"queries": not config.retrieval.symmetric, "joined": join and config.data.rows == "joined"}
+    return tuple(stage for stage in MADE_FROM if asked.get(stage, True))
+
+
 def built_stages(data_dir: Path) -> dict[str, str]:
     """For each stage "built", "unfinished" (a killed run left blocks) or "missing"; one on request only where it is begun."""
     states = {}
-    for stage in (*STAGES, *ON_REQUEST):
+    for stage in MADE_FROM:
         path = Path(data_dir) / stage
         unfinished = path.with_name(stage + ".partial").exists()
         states[stage] = "built" if (path / MANIFEST).exists() else "unfinished" if unfinished else "missing"
@@ -122,14 +144,13 @@ def remove_stage(data_dir: Path, stage: str) -> list[str]:
     Raises:
         UserError: there is no such stage.
     """
-    made_from = {**MADE_FROM, **ON_REQUEST}
-    if stage not in made_from:
-        raise UserError(f"--rebuild {stage} names no stage; choose one of {', '.join(made_from)}")
+    if stage not in MADE_FROM:
+        raise UserError(f"--rebuild {stage} names no stage; choose one of {', '.join(MADE_FROM)}")
     states, made = built_stages(data_dir), {stage}
-    for name, inputs in made_from.items():
+    for name, inputs in MADE_FROM.items():
         if made.intersection(inputs):
             made.add(name)
-    removed = [name for name in made_from if name in made and states.get(name, "missing") != "missing"]
+    removed = [name for name in MADE_FROM if name in made and states.get(name, "missing") != "missing"]
     for name in reversed(removed):
         remove_artefact(Path(data_dir) / name)
     return removed

@@ -11,6 +11,7 @@ from retro_jax.config.executor import ExecutorConfig
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
 Metric = Literal["cosine", "inner_product", "l2"]
+Context = Literal["none", "title", "before", "title_and_before"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,20 +107,32 @@ class BertConfig:
 
     ``path``: a local folder in Hugging Face's format. ``pooling``: the mean of a text's tokens ("mean"), of those that are not
     special ("mean_without_special"), or the first one ("cls"); "auto": what the folder says (``1_Pooling/config.json``), "mean"
-    where it says nothing. ``max_length``: tokens of a text that are read, special ones included; None: what the folder says
-    (``sentence_bert_config.json``), else all that the model has positions for. ``prefix`` stands before every text
-    (E5: "query: ").
+    where it says nothing. ``normalize``: whether vectors are made to have length 1; "auto": as the folder says (``modules.json``
+    has a Normalize or not), "yes" where it says nothing. ``max_length``: tokens of a text that are read, special ones included;
+    None: what the folder says (``sentence_bert_config.json``), else all that the model has positions for. ``prefix`` stands
+    before every text of the database (E5: "passage: ").
+
+    What searches, a chunk or a question, is embedded by the same model with the same prefix, unless ``query_path`` names a
+    second model (DRAGON+) or ``query_prefix`` another prefix (E5: "query: "); training chunks are then embedded twice.
     """
 
     path: str | None = None
+    query_path: str | None = None
     pooling: Literal["auto", "mean", "mean_without_special", "cls"] = "auto"
+    normalize: Literal["auto", "yes", "no"] = "auto"
     max_length: int | None = None
     prefix: str = ""
+    query_prefix: str | None = None
     precision: Literal["float32", "bfloat16"] = "float32"
 
     def __post_init__(self) -> None:
         check_choice(self, "pooling", ("auto", "mean", "mean_without_special", "cls"))
+        check_choice(self, "normalize", ("auto", "yes", "no"))
         check_choice(self, "precision", ("float32", "bfloat16"))
+        check(
+            self.query_path is None or self.path is not None,
+            f"BertConfig.query_path={self.query_path!r} embeds what searches; set BertConfig.path to what embeds the database",
+        )
         if self.max_length is not None:
             check(
                 self.max_length >= 3, f"BertConfig.max_length={self.max_length} must be at least 3, for [CLS], a token and [SEP]"
@@ -137,6 +150,10 @@ class RetrievalConfig:
     trained on ``index_train_chunks`` random chunks, with ``index_search``: faiss search parameters such as "nprobe=64" or
     "efSearch=128"; "auto" raises them until the recall measured is 0.95. ``index_factory="exact"`` compares with every chunk, in
     JAX on all of its devices.
+
+    ``context``: what a chunk of the database is embedded with: the title of its document, the chunk before it, both in front of
+    it, or nothing (as in the papers). What searches, a chunk or a question, is embedded alone; with a context training chunks
+    are therefore embedded twice.
     """
 
     embedder: Literal["tfidf", "lsa", "bert"] = "tfidf"
@@ -146,6 +163,7 @@ class RetrievalConfig:
     lsa_train_chunks: int = 100_000
     bert: BertConfig = field(default_factory=BertConfig)
     metric: Metric = "cosine"
+    context: Context = "none"
     index_factory: str = "auto"
     index_search: str = "auto"
     index_train_chunks: int = 1_000_000
@@ -168,6 +186,7 @@ class RetrievalConfig:
             f"RetrievalConfig.index_search={self.index_search!r} sets parameters of faiss, which index_factory='exact' does not "
             "use; use index_search='auto'",
         )
+        check_choice(self, "context", get_args(Context))
         check_positive(
             self, "features", "max_ngram", "lsa_dim", "lsa_train_chunks", "index_train_chunks", "saved", "block_chunks", "workers"
         )
@@ -176,6 +195,12 @@ class RetrievalConfig:
             self.embedder != "bert" or self.bert.path is not None,
             "RetrievalConfig.embedder='bert' loads a model; set BertConfig.path to a folder in Hugging Face's format",
         )
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether a chunk is embedded alike to be found and to search, and so once."""
+        two_sided = self.embedder == "bert" and (self.bert.query_path is not None or self.bert.query_prefix is not None)
+        return self.context == "none" and not two_sided
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -104,7 +104,11 @@ class TrainConfig:
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     """Evaluation on whole held-out documents: windows of ``window`` tokens, moved by ``stride``; every token is scored once,
-    with the context of the window in which it is first seen. Both are multiples of the chunk length."""
+    with the context of the window in which it is first seen. Both are multiples of the chunk length.
+
+    ``questions`` are for ``eval.py --task retrieval``: files of JSON lines, each with a ``question`` and ``gold_passage_ids``,
+    ids of training documents (the field ``id`` of their source).
+    """
 
     split: Literal["valid", "test"] = "test"
     window: int = 512
@@ -113,6 +117,7 @@ class EvalConfig:
     max_documents: int | None = None
     overlap_neighbours: int = 10
     bootstrap_samples: int = 1000
+    questions: tuple[str, ...] = ()
     seed: int = 0
 
     def __post_init__(self) -> None:

@@ -70,7 +70,14 @@ def _document(fields: object, group: str, text_field: str, where: str) -> Docume
             f"{where} {state} where a text is wanted; its fields are {found}: set CorpusConfig.text_field, or repair it"
         )
     _check_unicode(text, where)
-    return Document(text=text, group=group, title=title if isinstance(title, str) else "", where=where)
+    identifier = fields.get("id")
+    return Document(
+        text=text,
+        group=group,
+        title=title if isinstance(title, str) else "",
+        where=where,
+        id=str(identifier) if isinstance(identifier, (str, int)) else "",
+    )
 
 
 def _check_unicode(text: str, where: str) -> None:
@@ -141,7 +148,7 @@ def _read_parquet(path: Path, group: str, text_field: str) -> Iterator[Document]
             if text_field not in names:
                 found = ", ".join(map(repr, names[:20])) or "none"
                 raise BadInput(f"{path} has no column {text_field!r}; its columns are {found}: set CorpusConfig.text_field")
-            columns = [text_field] + (["title"] if "title" in names and text_field != "title" else [])
+            columns = [text_field, *(name for name in ("title", "id") if name in names and text_field != name)]
             row = 0
             for batch in table.iter_batches(batch_size=PARQUET_ROWS, columns=columns):
                 for fields in batch.to_pylist():

@@ -31,7 +31,8 @@ def read_tfds(source: str, text_field: str) -> Iterator[Document]:
         if text is None:
             found = ", ".join(map(repr, fields))
             raise BadInput(f"{where} has no UTF-8 text in {text_field!r}; its features are {found}: set CorpusConfig.text_field")
-        yield Document(text=text, group=str(number), title=_text(fields.get("title")) or "", where=where)
+        title, identifier = (_text(fields.get(name)) or "" for name in ("title", "id"))
+        yield Document(text=text, group=str(number), title=title, where=where, id=identifier)
 
 
 def tfds_fingerprint(source: str, memo: Path | None) -> str:

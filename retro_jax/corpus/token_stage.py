@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from retro_jax.blocks import Block, block_arrays, run_blocks
 from retro_jax.config import SPLITS, CorpusConfig
 from retro_jax.corpus.digests import MEMO
 from retro_jax.corpus.document import Document
+from retro_jax.corpus.document_names import DocumentName, DocumentNamesWriter, encode_names
 from retro_jax.corpus.sources import MEGATRON, read_documents, source_fingerprint
 from retro_jax.corpus.split import split_of, split_of_text
 from retro_jax.corpus.token_store import TokenStore, TokenStoreWriter, token_dtype
@@ -35,8 +37,9 @@ def build_tokens(config: CorpusConfig, data_dir: Path) -> Artefact:
     """Build or open ``<data_dir>/tokens`` from the sources and ``<data_dir>/tokenizer``.
 
     Files: ``<i>-<split>.bin`` and ``.idx`` of source i, documents in the source's order, each [BOS] tokens EOD (documents
-    of a ``megatron:`` source as they are). Summary: per source the documents read, the empty ones left out, text bytes,
-    and the bytes that the tokens stand for; per source and split documents and tokens.
+    of a ``megatron:`` source as they are); beside them the documents' ids and titles (``corpus/document_names.py``). Summary: per
+    source the documents read, the empty ones left out, text bytes, and the bytes that the tokens stand for; per source and split
+    documents and tokens.
 
     Raises:
         UserError: a source is missing, empty, or holds what cannot be read or tokenized.
@@ -76,11 +79,11 @@ def store_prefix(folder: Path, source: int, split: str) -> Path:
 
 def _keep_blocks_of(folder: Path, block_documents: int) -> None:
     """Blocks of another size, left by a killed run, are cut elsewhere: start again."""
-    plan = folder / BLOCKS / BLOCK_PLAN
-    if not plan.exists() or plan.read_text() != str(block_documents):
+    plan, wanted = folder / BLOCKS / BLOCK_PLAN, f"{block_documents} with names"
+    if not plan.exists() or plan.read_text() != wanted:
         shutil.rmtree(folder / BLOCKS, ignore_errors=True)
         (folder / BLOCKS).mkdir()
-        write_text(plan, str(block_documents))
+        write_text(plan, wanted)
 
 
 def _tasks(config: CorpusConfig, tokenizer: tuple[Path, str]) -> Iterator[tuple]:
@@ -121,7 +124,7 @@ def _cut(documents: Iterator[Document], block_documents: int) -> Iterator[list[D
 def _tokenize_block(
     source: int, config: CorpusConfig, tokenizer: tuple[Path, str], block: list[Document] | tuple[Path, int, int]
 ) -> Block:
-    """Tokens of a block's documents in order, their lengths, their splits, and what was counted (``FACTS``)."""
+    """Tokens of a block's documents in order, their lengths, splits and names, and what was counted (``FACTS``)."""
     model = _tokenizer_of_process(*tokenizer)
     parts = _stored(model, config, *block) if isinstance(block, tuple) else _encoded(model, config, block)
     return {"source": np.array([source], np.int32), **parts}
@@ -145,10 +148,13 @@ def _encoded(model: Tokenizer, config: CorpusConfig, block: list[Document]) -> B
     splits = [SPLITS.index(split_of_text(document.text, document.group, config)) for _, document in full]
     text_bytes = sum(len(document.text.encode()) for _, document in full)
     token_bytes = int(model.token_bytes()[tokens].sum()) - model.prefix_bytes * len(full)
+    names, name_lengths = encode_names([DocumentName(document.id, document.title) for _, document in full])
     return {
         "tokens": tokens.astype(token_dtype(model.vocab_size)),
         "lengths": np.array([len(begin) + len(row) + 1 for row, _ in full], np.int64),
         "splits": np.array(splits, np.uint8),
+        "names": names,
+        "name_lengths": name_lengths,
         "facts": np.array([len(block), len(block) - len(full), text_bytes, token_bytes], np.int64),
     }
 
@@ -172,6 +178,8 @@ def _stored(model: Tokenizer, config: CorpusConfig, prefix: Path, first: int, la
         "splits": np.array(
             [SPLITS.index(split_of(d.tobytes(), config)) for d, keep in zip(documents, full, strict=True) if keep], np.uint8
         ),
+        "names": np.zeros(0, np.uint8),
+        "name_lengths": np.zeros((int(full.sum()), 2), np.int64),
         "facts": np.array([last - first, int((~full).sum()), token_bytes, token_bytes], np.int64),
     }
 
@@ -182,15 +190,18 @@ def _merge(folder: Path, count: int, config: CorpusConfig, model: Tokenizer) -> 
     block = 0
     for number, source in enumerate(config.sources):
         facts, stored = np.zeros(len(FACTS), np.int64), {split: {"documents": 0, "tokens": 0} for split in SPLITS}
-        writers = {
-            split: TokenStoreWriter(store_prefix(folder, number, split), token_dtype(model.vocab_size)) for split in SPLITS
-        }
-        with writers["train"], writers["valid"], writers["test"]:
+        dtype = token_dtype(model.vocab_size)
+        with ExitStack() as open_files:
+            enter = open_files.enter_context
+            writers = {split: enter(TokenStoreWriter(store_prefix(folder, number, split), dtype)) for split in SPLITS}
+            names = {split: enter(DocumentNamesWriter(store_prefix(folder, number, split))) for split in SPLITS}
             while block < count and (arrays := block_arrays(folder, block))["source"][0] == number:
                 for code, split in enumerate(SPLITS):
                     chosen = arrays["splits"] == code
                     lengths = arrays["lengths"][chosen]
                     writers[split].add(arrays["tokens"][np.repeat(chosen, arrays["lengths"])], lengths)
+                    name_bytes = np.repeat(chosen, arrays["name_lengths"].sum(axis=1))
+                    names[split].add(arrays["names"][name_bytes], arrays["name_lengths"][chosen])
                     stored[split]["documents"] += len(lengths)
                     stored[split]["tokens"] += int(lengths.sum())
                 facts += arrays["facts"]

@@ -14,26 +14,53 @@ from retro_jax.errors import UserError
 CONFIG, TOKENIZER, WEIGHTS = "config.json", "tokenizer.json", "*.safetensors"
 # What sentence-transformers keeps beside a model: its modules, how tokens are pooled, how many are read.
 MODULES, POOLING, LENGTH = "modules.json", "1_Pooling/config.json", "sentence_bert_config.json"
+# Before the names of the facts of what embeds queries.
+QUERY = "query_"
 POOLINGS = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
 
 
-def folder_facts(config: BertConfig) -> dict[str, Any]:
-    """What decides the vectors: SHA-256 of the folder's files (16 digits each), the width ``dim``, and how texts are read and
-    pooled, with what the folder says in the place of "auto" and None.
+def encoder_facts(config: BertConfig) -> dict[str, Any]:
+    """What decides the vectors. Of the model that embeds the database: SHA-256 of its folder's files (16 digits each), the width
+    ``dim``, and how texts are read and pooled, with what the folder says in the place of "auto" and None. The same, each name
+    with "query_" before it, of what embeds queries, where the config names a model or a prefix for it.
 
     Raises:
-        UserError: the folder lacks a file, or does more after pooling than to make the length 1.
+        UserError: a folder lacks a file, or does more after pooling than to make the length 1; or the two models' widths differ.
     """
     assert config.path is not None
-    folder = Path(config.path)
+    passages = _folder_facts(Path(config.path), config, config.prefix)
+    if config.query_path is None and config.query_prefix is None:
+        return passages
+    query_prefix = config.prefix if config.query_prefix is None else config.query_prefix
+    queries = _folder_facts(Path(config.query_path or config.path), config, query_prefix)
+    if queries["dim"] != passages["dim"]:
+        raise UserError(
+            f"BertConfig.query_path={config.query_path!r} gives {queries['dim']} dimensions and path={config.path!r} "
+            f"{passages['dim']}; take both from one release"
+        )
+    return passages | {f"{QUERY}{name}": value for name, value in queries.items()}
+
+
+def query_facts(facts: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Of :func:`encoder_facts` those of what embeds queries, without "query_"; None where the config names none."""
+    return {name.removeprefix(QUERY): value for name, value in facts.items() if name.startswith(QUERY)} or None
+
+
+def same_model(facts: Mapping[str, Any], others: Mapping[str, Any]) -> bool:
+    """Whether two encoders have the same files."""
+    return all(facts[name] == others[name] for name in ("weights", "model", "tokenizer"))
+
+
+def _folder_facts(folder: Path, config: BertConfig, prefix: str) -> dict[str, Any]:
     files = {"weights": weight_files(folder), "model": [folder / CONFIG], "tokenizer": [folder / TOKENIZER]}
-    theirs = read_json(folder / CONFIG)
+    theirs, modules = read_json(folder / CONFIG), _modules(folder)
     return {
         **{name: "+".join(digest_file(file)[:16] for file in paths) for name, paths in files.items()},
         "dim": _number(theirs, "hidden_size"),
         "pooling": _pooling(folder, config),
+        "normalize": _normalize(modules) if config.normalize == "auto" else config.normalize,
         "max_length": _max_length(folder, config, theirs),
-        "prefix": config.prefix,
+        "prefix": prefix,
         "precision": config.precision,
     }
 
@@ -47,12 +74,12 @@ def weight_files(folder: Path) -> list[Path]:
     for name in (CONFIG, TOKENIZER):
         if not (folder / name).is_file():
             raise UserError(
-                f"BertConfig.path={str(folder)!r} has no {name}; give a folder that transformers' save_pretrained wrote"
+                f"the encoder's folder {str(folder)!r} has no {name}; give a folder that transformers' save_pretrained wrote"
             )
     files = sorted(folder.glob(WEIGHTS))
     if not files:
         raise UserError(
-            f"BertConfig.path={str(folder)!r} has no {WEIGHTS}; load the model with transformers and save it with save_pretrained"
+            f"the encoder's folder {str(folder)!r} has no {WEIGHTS}; load the model with transformers and save it anew"
         )
     return files
 
@@ -71,14 +98,23 @@ def _number(theirs: Mapping[str, Any], name: str) -> int:
     return value
 
 
+def _modules(folder: Path) -> list[str] | None:
+    """What the folder does with a text, in order; None where it does not say. All of it must be something that we compute."""
+    if not (folder / MODULES).is_file():
+        return None
+    kinds = [str(module.get("type")).rsplit(".", 1)[-1] for module in read_json(folder / MODULES)]
+    for kind in kinds:
+        if kind not in ("Transformer", "Pooling", "Normalize"):
+            raise UserError(f"{folder / MODULES} has a module {kind}; only Transformer, Pooling and Normalize can be computed")
+    return kinds
+
+
+def _normalize(modules: list[str] | None) -> str:
+    return "yes" if modules is None or "Normalize" in modules else "no"
+
+
 def _pooling(folder: Path, config: BertConfig) -> str:
-    """As the config says, or the folder; what the folder does after pooling must be nothing but to make the length 1."""
-    if (folder / MODULES).is_file():
-        for module in read_json(folder / MODULES):
-            if (kind := str(module.get("type")).rsplit(".", 1)[-1]) not in ("Transformer", "Pooling", "Normalize"):
-                raise UserError(
-                    f"{folder / MODULES} has a module {kind}; only Transformer, Pooling and Normalize can be computed"
-                )
+    """As the config says, or the folder."""
     if config.pooling != "auto":
         return config.pooling
     if not (folder / POOLING).is_file():

@@ -20,7 +20,7 @@ from retro_jax.errors import UserError
 from retro_jax.prepare import MADE_FROM, built_stages
 from retro_jax.retrieval.chunk_texts import ChunkTexts
 from retro_jax.retrieval.embedder import load_embedder
-from retro_jax.retrieval.embedding import embed_block
+from retro_jax.retrieval.embedding import Side, embed_block
 from retro_jax.retrieval.ngrams import NGRAMS, build_shard, shards_of
 from retro_jax.retrieval.search_stage import Searched, search_block
 from retro_jax.retrieval.vectors import Vectors, open_vectors
@@ -59,7 +59,7 @@ class _Stage:
 def check_blocks(
     config: Config, data_dir: Path, fraction: float, seed: int, report: Callable[[str], None] = print
 ) -> list[Difference]:
-    """Check the checksums of all artefacts that are built, and a share of the blocks of look-up, vectors and neighbours.
+    """Check the checksums of all artefacts that are built, and a share of the blocks of look-up, vectors, queries and neighbours.
 
     Args:
         config: says how many chunks a block has, and who computes; what is computed is what the artefacts say of themselves.
@@ -84,14 +84,14 @@ def check_blocks(
             report(str(difference))
 
     for stage, artefact, differences in _as_manifests_say(data_dir):
-        if not differences and all(name in sound for name in MADE_FROM[stage]):
+        if not differences and all(name in sound for name in artefact.manifest["inputs"] if name in MADE_FROM):
             sound[stage] = artefact
         if not differences:
             sizes = [facts["bytes"] for facts in artefact.manifest["files"].values()]
             report(f"{stage:<11} verified  {len(sizes)} files, {sum(sizes):,} bytes")
         tell(differences)
     rng = np.random.default_rng(seed)
-    for name, plan in ((NGRAMS, _ngrams), ("vectors", _vectors), ("neighbours", _neighbours)):
+    for name, plan in ((NGRAMS, _ngrams), ("vectors", _vectors), ("queries", _queries), ("neighbours", _neighbours)):
         if name in sound:
             wrong_form, blocks = plan(config.retrieval, data_dir, sound)
             tell(wrong_form)
@@ -177,16 +177,29 @@ def _compare_shard(path: Path, data_dir: Path, number: int, start: int, stop: in
 
 
 def _vectors(config: RetrievalConfig, data_dir: Path, sound: dict[str, Artefact]) -> tuple[list[Difference], _Stage]:
-    texts, vectors, embedder = ChunkTexts.of(data_dir), sound["vectors"], sound["embedder"]
+    return _embedded(config, data_dir, sound, "vectors", "found")
+
+
+def _queries(config: RetrievalConfig, data_dir: Path, sound: dict[str, Artefact]) -> tuple[list[Difference], _Stage]:
+    return _embedded(config, data_dir, sound, "queries", "searching")
+
+
+def _embedded(
+    config: RetrievalConfig, data_dir: Path, sound: dict[str, Artefact], kind: str, side: Side
+) -> tuple[list[Difference], _Stage]:
+    vectors, embedder = sound[kind], sound["embedder"]
+    texts = _texts(data_dir, embedder)
     model = load_embedder(embedder.path)
+    # Where what searches is embedded otherwise, only the train split is to be found.
+    splits = [split for split in SPLITS if any(name.startswith(f"{split}.") for name in vectors.manifest["files"])]
     wrong = [
-        Difference("vectors", f"all {split} chunks", problem)
-        for split in SPLITS
+        Difference(kind, f"all {split} chunks", problem)
+        for split in splits
         if (problem := _wrong_form(vectors, split, texts.table(split).num_chunks, model.dim, model.sparse))
     ]
-    blocks = _blocks(config, texts)
-    tasks = [(embedder.path, embedder.fingerprint, texts, vectors.path, *block) for block in blocks]
-    return wrong, _Stage("vectors", _compare_vectors, tasks, blocks, model.one_process)
+    blocks = _blocks(config, texts, splits)
+    tasks = [(embedder.path, embedder.fingerprint, texts, side, vectors.path, *block) for block in blocks]
+    return wrong, _Stage(kind, _compare_vectors, tasks, blocks, model.one_process)
 
 
 def _wrong_form(vectors: Artefact, split: Split, chunks: int, dim: int, sparse: bool) -> str | None:
@@ -206,15 +219,15 @@ def _wrong_form(vectors: Artefact, split: Split, chunks: int, dim: int, sparse: 
 
 
 def _compare_vectors(
-    embedder: Path, fingerprint: str, texts: ChunkTexts, vectors: Path, split: Split, start: int, stop: int
+    embedder: Path, fingerprint: str, texts: ChunkTexts, side: Side, vectors: Path, split: Split, start: int, stop: int
 ) -> Block:
-    anew = embed_block(embedder, fingerprint, texts, split, start, stop)
-    stored = open_vectors(open_artefact(vectors, "vectors"), split).rows(start, stop)
+    anew = embed_block(embedder, fingerprint, texts, side, split, start, stop)
+    stored = open_vectors(open_artefact(vectors, vectors.name), split).rows(start, stop)
     return {"rows": _rows_that_differ(_row_bytes(anew), _row_bytes(stored))}
 
 
 def _neighbours(config: RetrievalConfig, data_dir: Path, sound: dict[str, Artefact]) -> tuple[list[Difference], _Stage]:
-    texts, neighbours, index = ChunkTexts.of(data_dir), sound["neighbours"], sound["index"]
+    texts, neighbours, index = _texts(data_dir, sound["embedder"]), sound["neighbours"], sound["index"]
     saved = neighbours.settings["saved"]
     wrong = [
         Difference("neighbours", f"all {split} chunks", problem)
@@ -222,8 +235,10 @@ def _neighbours(config: RetrievalConfig, data_dir: Path, sound: dict[str, Artefa
         for name, dtype in (("ids", np.int64), ("distances", np.float32))
         if (problem := _not_of(neighbours.path / f"{split}.{name}.npy", dtype, (texts.table(split).num_chunks, saved)))
     ]
-    searched = Searched(texts, index.path, sound["vectors"].path, index.fingerprint)
-    blocks = _blocks(config, texts)
+    vectors = sound["vectors"].path
+    queries = sound["queries"].path if "queries" in neighbours.manifest["inputs"] else vectors
+    searched = Searched(texts, index.path, vectors, queries, index.fingerprint)
+    blocks = _blocks(config, texts, SPLITS)
     tasks = [(searched, saved, neighbours.path, *block) for block in blocks]
     return wrong, _Stage("neighbours", _compare_neighbours, tasks, blocks)
 
@@ -235,9 +250,13 @@ def _compare_neighbours(searched: Searched, saved: int, neighbours: Path, split:
     return {"rows": np.unique(np.concatenate(differing))}
 
 
-def _blocks(config: RetrievalConfig, texts: ChunkTexts) -> list[tuple[Split, int, int]]:
-    size, counts = config.block_chunks, {split: texts.table(split).num_chunks for split in SPLITS}
-    return [(split, start, min(start + size, counts[split])) for split in SPLITS for start in range(0, counts[split], size)]
+def _texts(data_dir: Path, embedder: Artefact) -> ChunkTexts:
+    return ChunkTexts.of(data_dir, embedder.manifest["inputs"].get("context", "none"))
+
+
+def _blocks(config: RetrievalConfig, texts: ChunkTexts, splits: Sequence[Split]) -> list[tuple[Split, int, int]]:
+    size, counts = config.block_chunks, {split: texts.table(split).num_chunks for split in splits}
+    return [(split, start, min(start + size, counts[split])) for split in splits for start in range(0, counts[split], size)]
 
 
 def _row_bytes(vectors: Vectors | Block) -> list[bytes]:

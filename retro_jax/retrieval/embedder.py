@@ -16,7 +16,7 @@ from retro_jax.retrieval.vectors import Vectors
 
 
 class Embedder(Protocol):
-    """Text -> vectors of unit length (or zero, for a text in which it finds nothing).
+    """Text -> vectors of unit length (where an encoder's are not left as they are), or zero for a text in which it finds nothing.
 
     ``sparse`` says which kind of vectors it gives, and so which index searches them: ``csr_matrix`` or an array, both float32.
     ``one_process``: it keeps all cores, or the accelerator, busy by itself; several processes would be in each other's way.
@@ -52,7 +52,12 @@ class Embedder(Protocol):
         ...
 
     def embed(self, texts: list[str]) -> Vectors:
-        """float32 [texts, dim]. A text's vector depends on that text alone, not on the others in the list."""
+        """The vectors of texts to be found, float32 [texts, dim]. A text's vector depends on that text alone, not on the others
+        in the list."""
+        ...
+
+    def embed_queries(self, texts: list[str]) -> Vectors:
+        """The vectors of texts that search, chunks or questions: as :meth:`embed`, if need be by another model."""
         ...
 
 

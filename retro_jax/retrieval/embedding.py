@@ -1,10 +1,11 @@
-"""Embeds every chunk of every split once, in blocks."""
+"""Embeds chunks in blocks: every one once, or training chunks twice, as what is found and as what searches."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from scipy.sparse import csr_matrix
@@ -17,42 +18,59 @@ from retro_jax.retrieval.embedder import Embedder, load_embedder
 from retro_jax.retrieval.split_blocks import SplitBlocks
 from retro_jax.retrieval.vectors import Vectors
 
+Side = Literal["found", "searching"]
+
 
 def build_vectors(config: RetrievalConfig, texts: ChunkTexts, embedder: Artefact, path: Path) -> Artefact:
-    """Embed every chunk of every split, or open what stands there.
+    """Embed the chunks that are to be found, or open what stands there: those of the train split, and where all are embedded
+    alike (``config.symmetric``) those of every split, which search with the same vectors.
 
     Files of a split: ``<split>.vectors.npy`` if dense; ``<split>.data.npy`` float32, ``<split>.columns.npy`` int32 and
     ``<split>.row_ends.npy`` int64 if sparse.
     """
-    return build_artefact(
-        path,
-        kind="vectors",
-        settings={},
-        inputs={"embedder": embedder.fingerprint, **texts.inputs},
-        make=lambda folder: _embed_all(config, texts, embedder, folder),
-    )
+    splits: tuple[Split, ...] = SPLITS if config.symmetric else ("train",)
+    return _build(config, texts, embedder, path, "vectors", "found", splits)
 
 
-def _embed_all(config: RetrievalConfig, texts: ChunkTexts, embedder: Artefact, folder: Path) -> Mapping:
-    model = load_embedder(embedder.path)
-    blocks = SplitBlocks(config, texts)
-    blocks.run(
-        folder, embed_block, embedder.path, embedder.fingerprint, texts, description="vectors", one_process=model.one_process
-    )
-    _loaded.cache_clear()
-    blocks.join(folder, _no_vectors(model))
-    if model.sparse:
-        for split in SPLITS:
-            _join_row_ends(folder / f"{split}.row_sizes.npy", folder / f"{split}.row_ends.npy")
-    splits = {split: {"chunks": chunks} for split, chunks in blocks.chunks.items()}
-    return {"splits": splits, "dim": model.dim, "sparse": model.sparse}
+def build_queries(config: RetrievalConfig, texts: ChunkTexts, embedder: Artefact, path: Path) -> Artefact:
+    """Embed the chunks of every split as what searches, where that is not what :func:`build_vectors` gives; files as there."""
+    return _build(config, texts, embedder, path, "queries", "searching", SPLITS)
+
+
+def _build(
+    config: RetrievalConfig,
+    texts: ChunkTexts,
+    embedder: Artefact,
+    path: Path,
+    kind: str,
+    side: Side,
+    splits: tuple[Split, ...],
+) -> Artefact:
+    def make(folder: Path) -> Mapping:
+        model = load_embedder(embedder.path)
+        blocks = SplitBlocks(config, texts, splits)
+        arguments = (embedder.path, embedder.fingerprint, texts, side)
+        blocks.run(folder, embed_block, *arguments, description=kind, one_process=model.one_process)
+        _loaded.cache_clear()
+        blocks.join(folder, _no_vectors(model))
+        if model.sparse:
+            for split in splits:
+                _join_row_ends(folder / f"{split}.row_sizes.npy", folder / f"{split}.row_ends.npy")
+        counts = {split: {"chunks": blocks.chunks.get(split, 0)} for split in SPLITS}
+        return {"splits": counts, "dim": model.dim, "sparse": model.sparse}
+
+    inputs = {"embedder": embedder.fingerprint, **texts.inputs}
+    return build_artefact(path, kind=kind, settings={}, inputs=inputs, make=make)
 
 
 def embed_block(
-    embedder: Path, fingerprint: str, texts: ChunkTexts, split: Split, start: int, stop: int
+    embedder: Path, fingerprint: str, texts: ChunkTexts, side: Side, split: Split, start: int, stop: int
 ) -> dict[str, np.ndarray]:
     """The vectors of one block, by the names of its arrays."""
-    return _arrays(_loaded(embedder, fingerprint).embed(texts.read(split, np.arange(start, stop))))
+    model, ids_N = _loaded(embedder, fingerprint), np.arange(start, stop)
+    if side == "found":
+        return _arrays(model.embed(texts.read_found(split, ids_N)))
+    return _arrays(model.embed_queries(texts.read(split, ids_N)))
 
 
 @functools.lru_cache(maxsize=1)

@@ -110,12 +110,16 @@ class LsaEmbedder:
         norms_N1 = np.sqrt(np.einsum("nd,nd->n", vectors_ND, vectors_ND))[:, None]
         return np.divide(vectors_ND, norms_N1, out=np.zeros_like(vectors_ND), where=norms_N1 > 0)
 
+    def embed_queries(self, texts: list[str]) -> np.ndarray:
+        """:meth:`embed`."""
+        return self.embed(texts)
+
 
 def _sample(tfidf: TfidfEmbedder, config: RetrievalConfig, texts: ChunkTexts, rng: np.random.Generator) -> csr_matrix:
     chunks = texts.table("train").num_chunks
     wanted = min(config.lsa_train_chunks, chunks)
     ids = np.sort(rng.choice(chunks, wanted, replace=False, shuffle=False))
-    parts = [tfidf.embed(texts.read("train", ids[at : at + READ_AT_ONCE])) for at in range(0, wanted, READ_AT_ONCE)]
+    parts = [tfidf.embed(texts.read_found("train", ids[at : at + READ_AT_ONCE])) for at in range(0, wanted, READ_AT_ONCE)]
     return vstack(parts, format="csr")
 
 

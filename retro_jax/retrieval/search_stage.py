@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -27,15 +27,18 @@ class Searched:
     texts: ChunkTexts
     index: Path
     vectors: Path
+    queries: Path
     fingerprint: str
 
 
-def search_all(config: RetrievalConfig, texts: ChunkTexts, index: Artefact, vectors: Artefact, folder: Path) -> Mapping:
-    """Search the neighbours of every chunk of every split, in blocks; writes ``<split>.ids.npy`` and
+def search_all(
+    config: RetrievalConfig, texts: ChunkTexts, index: Artefact, vectors: Artefact, queries: Artefact, folder: Path
+) -> Mapping:
+    """Search the neighbours of every chunk of every split by its vector in ``queries``, in blocks; writes ``<split>.ids.npy`` and
     ``<split>.distances.npy`` and returns facts for the manifest."""
-    blocks = SplitBlocks(replace(config, workers=1) if one_process(index) else config, texts)
-    searched = Searched(texts, index.path, vectors.path, index.fingerprint)
-    blocks.run(folder, search_block, searched, config.saved, description="neighbours")
+    blocks = SplitBlocks(config, texts)
+    searched = Searched(texts, index.path, vectors.path, queries.path, index.fingerprint)
+    blocks.run(folder, search_block, searched, config.saved, description="neighbours", one_process=one_process(index))
     none: dict[str, np.ndarray] = {
         "ids": np.zeros((0, config.saved), np.int64),
         "distances": np.zeros((0, config.saved), np.float32),
@@ -49,18 +52,19 @@ def search_all(config: RetrievalConfig, texts: ChunkTexts, index: Artefact, vect
 
 def search_block(searched: Searched, saved: int, split: Split, start: int, stop: int) -> dict[str, np.ndarray]:
     """The neighbours of one block: ``ids`` int64 [stop - start, saved] and ``distances`` float32."""
-    index, vectors = _opened(searched)
+    index, queries = _opened(searched)
     document_N = searched.texts.table("train").document_N
     own_document_Q = np.array(document_N[start:stop]) if split == "train" else np.full(stop - start, -1)
     with threadpool_limits(1):
-        ids_QS, distances_QS = nearest_outside(index, vectors[split].rows(start, stop), own_document_Q, document_N, saved)
+        ids_QS, distances_QS = nearest_outside(index, queries[split].rows(start, stop), own_document_Q, document_N, saved)
     return {"ids": ids_QS, "distances": distances_QS}
 
 
 @functools.lru_cache(maxsize=1)
 def _opened(searched: Searched) -> tuple[Index, dict[Split, DenseVectors | SparseVectors]]:
     vectors = open_artefact(searched.vectors, "vectors")
-    return open_index(open_artefact(searched.index, "index"), vectors), {split: open_vectors(vectors, split) for split in SPLITS}
+    queries = vectors if searched.queries == searched.vectors else open_artefact(searched.queries, "queries")
+    return open_index(open_artefact(searched.index, "index"), vectors), {split: open_vectors(queries, split) for split in SPLITS}
 
 
 def _counts(ids_NS: np.ndarray) -> dict[str, int]:

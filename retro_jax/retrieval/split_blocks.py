@@ -16,15 +16,16 @@ from retro_jax.retrieval.chunk_texts import ChunkTexts
 
 @dataclass(frozen=True)
 class SplitBlocks:
-    """``config.block_chunks`` consecutive chunks of a split are a block; the train split's come first."""
+    """``config.block_chunks`` consecutive chunks of a split are a block; the train split's come first, of several splits."""
 
     config: RetrievalConfig
     texts: ChunkTexts
+    splits: tuple[Split, ...] = SPLITS
 
     @property
     def chunks(self) -> dict[Split, int]:
         """Chunks of each split."""
-        return {split: self.texts.table(split).num_chunks for split in SPLITS}
+        return {split: self.texts.table(split).num_chunks for split in self.splits}
 
     def run(
         self,
@@ -46,7 +47,7 @@ class SplitBlocks:
             for split, chunks in self.chunks.items()
             for start in range(0, chunks, size)
         )
-        total = sum(self._blocks(split) for split in SPLITS)
+        total = sum(self._blocks(split) for split in self.splits)
         executor = self.config.executor
         run_blocks(
             folder,
@@ -64,7 +65,7 @@ class SplitBlocks:
         """Write ``<split>.<name>.npy`` for every split and name: the blocks' arrays in order, or the array of ``none`` for a
         split without chunks."""
         first = 0
-        for split in SPLITS:
+        for split in self.splits:
             count = self._blocks(split)
             for name, empty in none.items():
                 path = folder / f"{split}.{name}.npy"

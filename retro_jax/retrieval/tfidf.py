@@ -83,6 +83,10 @@ class TfidfEmbedder:
         vectors_NF.data = ((1 + np.log(vectors_NF.data)) * self._idf_F[vectors_NF.indices]).astype(np.float32)
         return normalize(vectors_NF, copy=False)
 
+    def embed_queries(self, texts: list[str]) -> csr_matrix:
+        """:meth:`embed`."""
+        return self.embed(texts)
+
 
 def count_ngrams(texts: list[str], features: int, max_ngram: int) -> csr_matrix:
     """How often each hashed n-gram occurs in each text, float32 [texts, features]."""
@@ -96,6 +100,6 @@ def _counter(features: int, max_ngram: int) -> HashingVectorizer:
 
 
 def _count_chunks(texts: ChunkTexts, start: int, stop: int, features: int, max_ngram: int) -> dict[str, np.ndarray]:
-    counts_NF = count_ngrams(texts.read("train", np.arange(start, stop)), features, max_ngram)
+    counts_NF = count_ngrams(texts.read_found("train", np.arange(start, stop)), features, max_ngram)
     columns, chunks = np.unique(counts_NF.indices, return_counts=True)
     return {"columns": columns, "chunks": chunks}

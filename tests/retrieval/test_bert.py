@@ -27,7 +27,8 @@ from retro_jax.config import (
 )
 from retro_jax.errors import UserError
 from retro_jax.prepare import prepare
-from retro_jax.retrieval.bert import BertEmbedder, padded_length
+from retro_jax.retrieval.bert import BertEmbedder
+from retro_jax.retrieval.bert_tower import padded_length
 from retro_jax.retrieval.chunk_texts import ChunkTexts
 from retro_jax.retrieval.embedder import build_embedder, load_embedder
 
