@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from retro_jax.retrieval.index import Index
-from retro_jax.retrieval.search import TIE_WIDTH, WIDEN
+from retro_jax.retrieval.search import WIDEN
 from retro_jax.retrieval.vectors import Vectors
 
 # The first search is for so many chunks a document that is wanted.
@@ -33,13 +33,16 @@ def nearest_documents(
     pending, width = np.arange(Q), CHUNKS_A_DOCUMENT * wanted
     while len(pending):
         width = min(width, index.num_chunks)
-        ids_PW, distances_PW = index.search(queries[pending], width)
+        asked = queries[pending]
+        ids_PW, distances_PW = index.search(asked, width)
         whole_P = np.logical_or((ids_PW < 0).any(axis=1), width == index.num_chunks)
+        edge_P = np.where(whole_P, np.float32(0), distances_PW.max(axis=1))
+        edge_P -= index.rounding(asked, edge_P)
         left = []
-        for query, ids_W, distances_W, whole in zip(pending, ids_PW, distances_PW, whole_P, strict=True):
+        for query, ids_W, distances_W, whole, edge in zip(pending, ids_PW, distances_PW, whole_P, edge_P, strict=True):
             best_S = _best_chunks(ids_W, distances_W, document_N)[:wanted]
             # Behind a tie at the edge there may be a chunk of a lower id.
-            if not whole and (len(best_S) < wanted or distances_W[best_S[-1]] >= distances_W.max() - TIE_WIDTH):
+            if not whole and (len(best_S) < wanted or distances_W[best_S[-1]] >= edge):
                 left.append(query)
                 continue
             found = slice(0, len(best_S))
