@@ -1,8 +1,8 @@
 """How often each embedder finds the passage that answers a question, beside plain TF-IDF of whole passages.
 
 The passages are Wikipedia's with their titles, in chunks of 64 tokens; a passage ranks by its best chunk, k counts different
-passages, and the question alone searches. Plain TF-IDF (scikit-learn's TfidfVectorizer, sublinear, 1-2-grams of title and text, its
-whole vocabulary, no chunks) is computed in the same run. What is built and searched is kept under --workdir: a run that was
+passages, and the question alone searches. Plain TF-IDF (scikit-learn's TfidfVectorizer, sublinear, 1-2-grams of title and text,
+its whole vocabulary, no chunks) is computed in the same run. What is built and searched is kept under --workdir: a run that was
 stopped goes on.
 
     python -m benchmarks.retrieval_recall ../shared/data [--encoder models/all-MiniLM-L6-v2] [--workdir runs/retrieval_recall]
@@ -66,11 +66,11 @@ def settings(encoder: Path | None) -> Iterator[tuple[str, RetrievalConfig]]:
     """A name and settings for each row."""
     for context in CONTEXTS:
         yield f"tfidf, {context}", RetrievalConfig(context=context)
-    for dim in LSA_DIMS:
-        yield f"lsa {dim}, title_and_before", RetrievalConfig(embedder="lsa", lsa_dim=dim, context="title_and_before")
     if encoder is not None:
         bert = RetrievalConfig(embedder="bert", bert=BertConfig(path=str(encoder)), block_chunks=1024)
         yield f"{encoder.resolve().name}, title_and_before", replace(bert, context="title_and_before")
+    for dim in LSA_DIMS:
+        yield f"lsa {dim}, title_and_before", RetrievalConfig(embedder="lsa", lsa_dim=dim, context="title_and_before")
 
 
 def configured(data: Path, retrieval: RetrievalConfig) -> Config:

@@ -97,7 +97,9 @@ def test_blocks_and_workers_do_not_matter(corpus: Path, tmp_path: Path) -> None:
         config = CorpusConfig(sources=(str(corpus),), block_documents=block, **SPLIT | {"workers": workers})
         found.append(bytes_of(prepared(config, tmp_path / f"data{i}")))
     assert found[0] == found[1] == found[2]
-    assert sorted(found[0]) == sorted([f"0-{split}.{end}" for split in SPLITS for end in ("bin", "idx")] + ["manifest.json"])
+    assert sorted(found[0]) == sorted(
+        [f"0-{split}.{end}" for split in SPLITS for end in ("bin", "idx", "names", "name_ends")] + ["manifest.json"]
+    )
 
 
 def test_long_documents_end_a_block_early(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

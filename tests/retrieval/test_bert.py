@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -28,9 +29,10 @@ from retro_jax.config import (
 from retro_jax.errors import UserError
 from retro_jax.prepare import prepare
 from retro_jax.retrieval.bert import BertEmbedder
-from retro_jax.retrieval.bert_tower import padded_length
+from retro_jax.retrieval.bert_tower import BertTower, _OnDevices, padded_length
 from retro_jax.retrieval.chunk_texts import ChunkTexts
 from retro_jax.retrieval.embedder import build_embedder, load_embedder
+from tests.retrieval.bert_model import write_bert
 
 # Of 19, 4 and, cut, as many tokens as are read; each length is a program to compile.
 TEXTS = ["A man is eating food.", "a?", "The girl is carrying a baby, " * 4]
@@ -48,6 +50,14 @@ def embedder(folder: Path, **settings: object) -> BertEmbedder:
 def folder(bert_dir: Path, tmp_path: Path) -> Path:
     """A folder to be changed."""
     return shutil.copytree(bert_dir, tmp_path / "bert")
+
+
+def on_devices(tower: BertTower, monkeypatch: pytest.MonkeyPatch, count: int) -> None:
+    """Load its model on some of the tests' devices."""
+    devices = jax.local_devices()[:count]
+    monkeypatch.setattr(jax, "local_devices", lambda: devices)
+    assert tower._model._mesh.size == count
+    monkeypatch.undo()
 
 
 def rewrite(folder: Path, name: str, **changes: object) -> None:
@@ -117,6 +127,54 @@ def test_a_prefix_stands_before_every_text(bert_dir: Path) -> None:
     prefixed, plain = embedder(bert_dir, prefix="query: "), embedder(bert_dir)
     np.testing.assert_array_equal(prefixed.embed(["a man"]), plain.embed(["query: a man"]))
     assert (prefixed.embed(["", "  \n"]) == 0).all()
+
+
+def test_what_searches_has_a_prefix_of_its_own(bert_dir: Path) -> None:
+    """E5's: one model, its parameters loaded once."""
+    model, plain = embedder(bert_dir, prefix="passage: ", query_prefix="query: "), embedder(bert_dir)
+    np.testing.assert_array_equal(model.embed(["a man"]), plain.embed(["passage: a man"]))
+    np.testing.assert_array_equal(model.embed_queries(["a man"]), plain.embed(["query: a man"]))
+    assert model.queries._model is model.passages._model
+    np.testing.assert_array_equal(plain.embed_queries(TEXTS), plain.embed(TEXTS))
+
+
+def test_two_towers(bert_dir: Path, folder: Path, tmp_path: Path, corpus_dir: Path) -> None:
+    """The database by one model, what searches by another; the artefact holds both and knows both by their weights."""
+    reweigh(folder, lambda weights: {name: 1.1 * array for name, array in weights.items()})
+    rewrite(folder, "1_Pooling/config.json", pooling_mode_cls_token=True, pooling_mode_mean_tokens=False)
+    config = config_of(bert_dir, query_path=str(folder))
+    assert not config.symmetric and config_of(bert_dir).symmetric
+    built = build_embedder(config, ChunkTexts.of(corpus_dir), tmp_path / "embedder")
+    assert built.settings["weights"] != built.settings["query_weights"]
+    told = built.summary
+    assert (told["name"], told["pooling"], told["query_name"], told["query_pooling"]) == (bert_dir.name, "mean", "bert", "cls")
+    assert told["dim"] == 24 and told["parameters"] == told["query_parameters"]
+    model = load_embedder(tmp_path / "embedder")
+    passages, queries = model.embed(TEXTS), model.embed_queries(TEXTS)
+    np.testing.assert_array_equal(passages, embedder(bert_dir).embed(TEXTS))
+    np.testing.assert_array_equal(queries, embedder(folder).embed(TEXTS))
+    assert np.abs(passages - queries).max() > 0.1
+    reweigh(folder, lambda weights: {name: 1.1 * array for name, array in weights.items()})
+    with pytest.raises(UserError, match="was built with setting query_weights="):
+        build_embedder(config, ChunkTexts.of(corpus_dir), tmp_path / "embedder")
+
+
+def test_towers_of_other_widths_are_refused(bert_dir: Path, tmp_path: Path) -> None:
+    other = write_bert(tmp_path / "wide", hidden_size=36)
+    with pytest.raises(UserError, match="wide' gives 36 dimensions and path=.* 24; take both from one release"):
+        BertEmbedder.facts(config_of(bert_dir, query_path=str(other)))
+
+
+@pytest.mark.parametrize("modules", [None, ["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]])
+def test_vectors_have_the_length_that_the_folder_or_the_config_says(folder: Path, modules: list[str] | None) -> None:
+    """The same directions either way."""
+    if modules is not None:
+        (folder / "modules.json").write_text(json.dumps([{"type": f"sentence_transformers.models.{name}"} for name in modules]))
+    auto, always, never = (embedder(folder, normalize=value).embed(TEXTS) for value in ("auto", "yes", "no"))
+    lengths = np.linalg.norm(never, axis=1)
+    assert np.abs(lengths - 1).min() > 0.1
+    np.testing.assert_allclose(never / lengths[:, None], always, atol=1e-6)  # measured 1.2e-7
+    np.testing.assert_array_equal(auto, never if modules == ["Transformer", "Pooling"] else always)
 
 
 def test_the_names_of_other_releases(bert_dir: Path, folder: Path) -> None:
@@ -190,6 +248,8 @@ def test_folders_that_are_refused(folder: Path, tmp_path: Path, corpus_dir: Path
 def test_settings_that_are_refused(bert_dir: Path) -> None:
     with pytest.raises(ValueError, match="embedder='bert' loads a model; set BertConfig.path"):
         RetrievalConfig(embedder="bert")
+    with pytest.raises(ValueError, match="query_path='q' embeds what searches; set BertConfig.path"):
+        BertConfig(query_path="q")
     with pytest.raises(ValueError, match="max_length=2 must be at least 3"):
         BertConfig(max_length=2)
     with pytest.raises(UserError, match="max_length=100 is above the model's 72 positions"):
@@ -219,13 +279,32 @@ def test_few_shapes_and_little_padding(bert_dir: Path, monkeypatch: pytest.Monke
     assert (padded / lengths)[127:].max() < 1.13
     assert padded_length(70, 72) == 72 and padded_length(45, 50) == 48 and padded_length(49, 50) == 50
     model = embedder(bert_dir)
+    on_devices(model.passages, monkeypatch, 1)
     shapes: list[tuple[int, ...]] = []
-    call = model._run._program
+    call = _OnDevices.__call__
     monkeypatch.setattr(
-        model._run, "_program", lambda values, tokens, *rest: shapes.append(tokens.shape) or call(values, tokens, *rest)
+        _OnDevices,
+        "__call__",
+        lambda self, tokens, *rest, **also: shapes.append(tokens.shape) or call(self, tokens, *rest, **also),
     )
     model.embed(["abc"] * 150 + ["a" * 20])
     assert shapes == [(32, 8)] * 5 + [(10, 24)]
+
+
+@pytest.mark.parametrize("devices", [4, 3])
+def test_devices_share_the_rows_and_change_nothing(bert_dir: Path, monkeypatch: pytest.MonkeyPatch, devices: int) -> None:
+    """To the bit: each device has as many rows as one alone, and rows that no text fills make the last batch whole."""
+    texts = [*TEXTS[:2], *(f"text {number} of many" for number in range(75))]
+    alone, together = embedder(bert_dir), embedder(bert_dir)
+    on_devices(alone.passages, monkeypatch, 1)
+    on_devices(together.passages, monkeypatch, devices)
+    assert together.passages._model.rows(24) == devices * alone.passages._model.rows(24) == devices * 10
+    vectors = together.embed(texts)
+    np.testing.assert_array_equal(vectors, alone.embed(texts))
+    np.testing.assert_array_equal(together.embed(texts[::-1]), vectors[::-1])
+    shards = together.passages._model(*next(together.passages._batches(together.passages._encoded(texts)))[1], normalize=True)
+    assert len({shard.device for shard in shards.addressable_shards}) == devices
+    assert {shard.data.shape[0] for shard in shards.addressable_shards} == {shards.shape[0] // devices}
 
 
 def test_jax_is_imported_where_an_encoder_runs_and_nowhere_else() -> None:
