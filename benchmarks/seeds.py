@@ -112,7 +112,7 @@ def _evaluate_together(name: str, main_run: tuple[Path, list[str]], longer_run: 
     """Score the longer-trained GPT beside the main run's models, so that differences are paired by document."""
     config = load_config([name], main_run[1])
     assert config.data_dir is not None
-    prepared = prepare(config, Path(config.data_dir))
+    prepared = prepare(config, Path(config.data_dir), join=False)
     size = prepared.tokenizer.vocab_size
     trained = load_trained(config, size, main_run[0])
     trained[EQUAL_TIME] = load_trained(load_config([name], longer_run[1]), size, longer_run[0])["gpt"]
