@@ -14,6 +14,7 @@ from retro_jax.artefact import Artefact, open_artefact
 from retro_jax.config import SPLITS, RetrievalConfig, Split
 from retro_jax.retrieval.chunk_texts import ChunkTexts
 from retro_jax.retrieval.index import Index, distance_of, one_process, open_index
+from retro_jax.retrieval.neighbour_facts import sampled_facts
 from retro_jax.retrieval.neighbour_table import ROWS_AT_ONCE
 from retro_jax.retrieval.search import nearest_outside
 from retro_jax.retrieval.split_blocks import SplitBlocks
@@ -44,7 +45,8 @@ def search_all(config: RetrievalConfig, texts: ChunkTexts, index: Artefact, vect
     splits = {split: _counts(np.load(folder / f"{split}.ids.npy", mmap_mode="r")) for split in SPLITS}
     told = ("search", "factory", "why", "search_parameters", "candidates", "recall_at_20")
     facts = {name: index.summary[name] for name in told if name in index.summary}
-    return {"splits": splits, "database": blocks.chunks["train"], "distance": distance_of(index), **facts}
+    sample = sampled_facts(texts, vectors, folder, config.seed)
+    return {"splits": splits, "database": blocks.chunks["train"], "distance": distance_of(index), **facts, "sample": sample}
 
 
 def _search_block(searched: _Searched, saved: int, split: Split, start: int, stop: int) -> dict[str, np.ndarray]:
