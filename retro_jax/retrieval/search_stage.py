@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,8 @@ from threadpoolctl import threadpool_limits
 from retro_jax.artefact import Artefact, open_artefact
 from retro_jax.config import SPLITS, RetrievalConfig, Split
 from retro_jax.retrieval.chunk_texts import ChunkTexts
-from retro_jax.retrieval.index import Index, distance_of, one_process, open_index
+from retro_jax.retrieval.exact_index import devices_in_words
+from retro_jax.retrieval.index import Index, distance_of, is_exact, one_process, open_index
 from retro_jax.retrieval.neighbour_facts import sampled_facts
 from retro_jax.retrieval.neighbour_table import ROWS_AT_ONCE
 from retro_jax.retrieval.search import nearest_outside
@@ -34,6 +36,8 @@ class _Searched:
 def search_all(config: RetrievalConfig, texts: ChunkTexts, index: Artefact, vectors: Artefact, folder: Path) -> Mapping:
     """Search the neighbours of every chunk of every split, in blocks; writes ``<split>.ids.npy`` and
     ``<split>.distances.npy`` and returns facts for the manifest."""
+    if is_exact(index):
+        print(f"neighbours are searched exactly on {devices_in_words()}", file=sys.stderr)
     blocks = SplitBlocks(replace(config, workers=1) if one_process(index) else config, texts)
     searched = _Searched(texts, index.path, vectors.path, index.fingerprint)
     blocks.run(folder, _search_block, searched, config.saved, description="neighbours")

@@ -84,11 +84,14 @@ def test_lsa_neighbours_equal_brute_force(data_dir: Path) -> None:
 
 
 @pytest.mark.parametrize("metric", ["cosine", "inner_product", "l2"])
-def test_exact_search_finds_what_faiss_finds(metric: Metric, corpus_dir: Path, tmp_path: Path) -> None:
+def test_exact_search_finds_what_faiss_finds(
+    metric: Metric, corpus_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     """On the tests' eight devices, in one process however many workers there are."""
     first, second = (shutil.copytree(corpus_dir, tmp_path / name) for name in ("a", "b"))
     config = replace(LSA, metric=metric, index_factory="exact", workers=3)
     exact, flat = build(first, config), build(second, replace(config, index_factory="Flat", workers=1))
+    assert "neighbours are searched exactly on 8 x cpu, at most 256 MiB of each" in capsys.readouterr().err
     for split in SPLITS:
         np.testing.assert_array_equal(exact[split].distances_NS, flat[split].distances_NS)
         np.testing.assert_array_equal(exact[split].ids_NS, flat[split].ids_NS)
