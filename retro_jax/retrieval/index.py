@@ -60,19 +60,20 @@ def open_index(index: Artefact, vectors: Artefact) -> Index:
     database = open_vectors(vectors, "train")
     if isinstance(database, SparseVectors):
         return SparseIndex.open(index)
-    return ExactIndex.open(index, database) if _is_exact(index) else DenseIndex.open(index, database)
+    return ExactIndex.open(index, database) if is_exact(index) else DenseIndex.open(index, database)
+
+
+def is_exact(index: Artefact) -> bool:
+    """Whether JAX compares every chunk."""
+    return index.summary.get("factory") == EXACT
 
 
 def one_process(index: Artefact) -> bool:
     """Whether a search keeps all devices or GPUs busy by itself; several processes would be in each other's way."""
     dense = "factory" in index.summary
-    return dense and (_is_exact(index) or num_gpus(import_faiss()) > 0)
+    return is_exact(index) or (dense and num_gpus(import_faiss()) > 0)
 
 
 def distance_of(index: Artefact) -> str:
     """What the distances are, in words."""
     return DISTANCES[index.summary.get("metric", "cosine")]
-
-
-def _is_exact(index: Artefact) -> bool:
-    return index.summary["factory"] == EXACT

@@ -27,7 +27,8 @@ SCANNED_VECTOR = 2.7  # a vector in an inverted list
 SCANNED_CODE = 8.0  # a code of 64 bytes there
 GRAPH_INSERT, GRAPH_SEARCH = 6600, 2600  # a vector put into an HNSW graph of 32 links, its list found through one
 CODED_VECTOR = 500  # a vector turned and coded in 64 bytes
-TRAINED_CODES = 1e10  # a rotation and a product quantizer trained
+TRAINED_CODES = 1.7e10  # a rotation and a product quantizer trained
+GRAPH_PLACE_BYTES = 12  # a vector's level in a graph, and where its links begin
 COPIED_BYTES = 1e9  # bytes a second to read vectors and to write them
 
 
@@ -98,8 +99,11 @@ def bytes_per_chunk(faiss: ModuleType, index: Any) -> float:
         inner = faiss.downcast_index(inner.index)
     if isinstance(inner, faiss.IndexHNSW):
         links = inner.hnsw.nb_neighbors(0) + inner.hnsw.nb_neighbors(1) / (inner.hnsw.nb_neighbors(1) - 1)
-        return faiss.downcast_index(inner.storage).sa_code_size() + 4 * links
-    return inner.sa_code_size() + (ID_BYTES if _lists(faiss, index) else 0)
+        return faiss.downcast_index(inner.storage).sa_code_size() + 4 * links + GRAPH_PLACE_BYTES
+    inverted = faiss.try_extract_index_ivf(inner)
+    if inverted is None:
+        return inner.sa_code_size()
+    return inner.sa_code_size() - inverted.coarse_code_size() + ID_BYTES  # the list is told by the place, not by the code
 
 
 def _memory_to_add(faiss: ModuleType, index: Any, config: RetrievalConfig, chunks: int, dim: int, chunk_bytes: float) -> float:

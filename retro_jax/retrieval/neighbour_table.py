@@ -37,7 +37,7 @@ class NeighbourTable:
 
     Attributes:
         ids_NS: int64 [chunks, saved], chunks of the train split, nearest first; -1 where there is none.
-        distances_NS: float32 [chunks, saved], 1 - cosine; inf where there is none.
+        distances_NS: float32 [chunks, saved], as the manifest's ``distance`` says; inf where there is none.
     """
 
     def __init__(self, path: Path, split: Split, queries: ChunkTable, database: ChunkTable, retrieved_len: int) -> None:
@@ -97,14 +97,8 @@ class NeighbourTable:
         return short
 
     def overlaps(self, chunk_ids_N: np.ndarray, neighbour_ids_N: np.ndarray, *, retrieved_len: int | None = None) -> np.ndarray:
-        """The longest run of tokens, int32 [N], that a neighbour (with its continuation) shares with the chunk or with the chunk
-        after it; 0 where either id is -1. A run across both of the chunks counts by its parts."""
-        C = self._queries.chunk_len
-        neighbour_NR, neighbour_len_N = self._database.gather(neighbour_ids_N, retrieved_len or self._retrieved_len)
-        tokens_N2C, length_N = self._queries.gather(chunk_ids_N, 2 * C)
-        chunk_N = longest_common_run(tokens_N2C[:, :C], neighbour_NR, np.minimum(length_N, C), neighbour_len_N)
-        after_N = longest_common_run(tokens_N2C[:, C:], neighbour_NR, np.maximum(length_N - C, 0), neighbour_len_N)
-        return np.maximum(chunk_N, after_N)
+        """See :func:`shared_runs`."""
+        return shared_runs(self._queries, self._database, chunk_ids_N, neighbour_ids_N, retrieved_len or self._retrieved_len)
 
     def _passes(self, chunk_ids_N: np.ndarray, ids_N: np.ndarray, keep: NeighbourFilter, retrieved_len: int) -> np.ndarray:
         passed_N = np.ones(len(ids_N), bool)
@@ -135,3 +129,16 @@ class NeighbourTable:
             chosen_NK[lacking[row], place_NW[row, column]] = columns_NW[row, column]
             count_N[lacking] = np.minimum(k, count_N[lacking] + passed_NW.sum(axis=1))
         return chosen_NK
+
+
+def shared_runs(
+    queries: ChunkTable, database: ChunkTable, chunk_ids_N: np.ndarray, neighbour_ids_N: np.ndarray, retrieved_len: int
+) -> np.ndarray:
+    """The longest run of tokens, int32 [N], that a neighbour (with its continuation) shares with the chunk or with the chunk
+    after it; 0 where either id is -1. A run across both of the chunks counts by its parts."""
+    C = queries.chunk_len
+    neighbour_NR, neighbour_len_N = database.gather(neighbour_ids_N, retrieved_len)
+    tokens_N2C, length_N = queries.gather(chunk_ids_N, 2 * C)
+    chunk_N = longest_common_run(tokens_N2C[:, :C], neighbour_NR, np.minimum(length_N, C), neighbour_len_N)
+    after_N = longest_common_run(tokens_N2C[:, C:], neighbour_NR, np.maximum(length_N - C, 0), neighbour_len_N)
+    return np.maximum(chunk_N, after_N)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,9 @@ from threadpoolctl import threadpool_limits
 from retro_jax.artefact import Artefact, open_artefact
 from retro_jax.config import SPLITS, RetrievalConfig, Split
 from retro_jax.retrieval.chunk_texts import ChunkTexts
-from retro_jax.retrieval.index import Index, distance_of, one_process, open_index
+from retro_jax.retrieval.exact_index import devices_in_words
+from retro_jax.retrieval.index import Index, distance_of, is_exact, one_process, open_index
+from retro_jax.retrieval.neighbour_facts import sampled_facts
 from retro_jax.retrieval.neighbour_table import ROWS_AT_ONCE
 from retro_jax.retrieval.search import nearest_outside
 from retro_jax.retrieval.split_blocks import SplitBlocks
@@ -36,6 +39,8 @@ def search_all(
 ) -> Mapping:
     """Search the neighbours of every chunk of every split by its vector in ``queries``, in blocks; writes ``<split>.ids.npy`` and
     ``<split>.distances.npy`` and returns facts for the manifest."""
+    if is_exact(index):
+        print(f"neighbours are searched exactly on {devices_in_words()}", file=sys.stderr)
     blocks = SplitBlocks(config, texts)
     searched = Searched(texts, index.path, vectors.path, queries.path, index.fingerprint)
     blocks.run(folder, search_block, searched, config.saved, description="neighbours", one_process=one_process(index))
@@ -47,7 +52,8 @@ def search_all(
     splits = {split: _counts(np.load(folder / f"{split}.ids.npy", mmap_mode="r")) for split in SPLITS}
     told = ("search", "factory", "why", "search_parameters", "candidates", "recall_at_20")
     facts = {name: index.summary[name] for name in told if name in index.summary}
-    return {"splits": splits, "database": blocks.chunks["train"], "distance": distance_of(index), **facts}
+    sample = sampled_facts(texts, vectors, folder, config.seed)
+    return {"splits": splits, "database": blocks.chunks["train"], "distance": distance_of(index), **facts, "sample": sample}
 
 
 def search_block(searched: Searched, saved: int, split: Split, start: int, stop: int) -> dict[str, np.ndarray]:

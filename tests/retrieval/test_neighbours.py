@@ -3,6 +3,7 @@
 import pickle
 import shutil
 from dataclasses import replace
+from difflib import SequenceMatcher
 from pathlib import Path
 
 import numpy as np
@@ -10,13 +11,15 @@ import pytest
 from sklearn.feature_extraction.text import HashingVectorizer, TfidfTransformer
 
 from retro_jax.artefact import open_artefact
-from retro_jax.config import SPLITS, ChunkConfig, RetrievalConfig, Split
-from retro_jax.corpus.chunk_table import open_chunk_tables
+from retro_jax.config import SPLITS, ChunkConfig, Metric, RetrievalConfig, Split
+from retro_jax.corpus.chunk_table import ChunkTable, open_chunk_tables
 from retro_jax.corpus.tokenizer import load_tokenizer
 from retro_jax.errors import UserError
 from retro_jax.retrieval import search_stage, sparse_index
+from retro_jax.retrieval.metric import DISTANCES
 from retro_jax.retrieval.neighbour_table import NeighbourTable
 from retro_jax.retrieval.neighbours import build_neighbours
+from retro_jax.retrieval.vectors import open_vectors
 from tests.retrieval.conftest import build_corpus
 
 CHUNKS = ChunkConfig(chunk_len=16, num_neighbours=2, retrieved_len=32)
@@ -78,6 +81,60 @@ def test_lsa_neighbours_equal_brute_force(data_dir: Path) -> None:
         np.testing.assert_allclose(found[split].distances_NS, np.sort(distances, axis=1)[:, :6], atol=1e-6)  # measured 2.4e-7
     summary = open_artefact(data_dir / "neighbours", "neighbours").summary
     assert summary["factory"] == "Flat" and summary["search"] == "exact" and "131072" in summary["why"]
+
+
+@pytest.mark.parametrize("metric", ["cosine", "inner_product", "l2"])
+def test_exact_search_finds_what_faiss_finds(
+    metric: Metric, corpus_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """On the tests' eight devices, in one process however many workers there are."""
+    first, second = (shutil.copytree(corpus_dir, tmp_path / name) for name in ("a", "b"))
+    config = replace(LSA, metric=metric, index_factory="exact", workers=3)
+    exact, flat = build(first, config), build(second, replace(config, index_factory="Flat", workers=1))
+    assert "neighbours are searched exactly on 8 x cpu, at most 256 MiB of each" in capsys.readouterr().err
+    for split in SPLITS:
+        np.testing.assert_array_equal(exact[split].distances_NS, flat[split].distances_NS)
+        np.testing.assert_array_equal(exact[split].ids_NS, flat[split].ids_NS)
+    summary = open_artefact(first / "neighbours", "neighbours").summary
+    assert summary["factory"] == "exact" and summary["distance"] == DISTANCES[metric]
+    assert sorted(path.name for path in (first / "index").iterdir()) == ["manifest.json"]
+
+
+@pytest.mark.parametrize("config", [TFIDF, replace(LSA, metric="inner_product")], ids=["tfidf", "lsa"])
+def test_facts_of_the_sample(config: RetrievalConfig, data_dir: Path) -> None:
+    """Of all chunks, as there are few: duplicates by comparing every two vectors, runs of tokens by looking for every one."""
+    found, tables = build(data_dir, config), open_chunk_tables(data_dir)
+    facts = open_artefact(data_dir / "neighbours", "neighbours").summary["sample"]
+    vectors = {split: open_vectors(open_artefact(data_dir / "vectors", "vectors"), split) for split in SPLITS}
+    train = vectors["train"].rows(0, len(vectors["train"]))
+    for split in SPLITS:
+        queries, ids = vectors[split].rows(0, len(vectors[split])), np.array(found[split].ids_NS)
+        products = np.asarray((queries @ train.T).todense()) if config.embedder == "tfidf" else queries @ train.T
+        copies = np.take_along_axis(products, np.maximum(ids, 0), 1) > 1 - 1e-5
+        assert facts[split]["chunks"] == len(ids) and facts[split]["duplicates"] == round(
+            (copies & (ids >= 0)).any(axis=1).mean(), 4
+        )
+        shares = []
+        for chunk, near in enumerate(ids[:, :2]):
+            tokens, length = tables[split].gather(np.array([chunk]), 32)
+            halves = [tokens[0, :16][: length[0]].tolist(), tokens[0, 16 : length[0]].tolist()]
+            shares.append(
+                max((_run(half, _tokens(tables["train"], other)) for half in halves for other in near if other >= 0), default=0)
+            )
+        for share, above in facts[split]["overlap_above"].items():
+            assert above == round(np.mean(np.array(shares) > float(share) * 16), 4)
+    assert 0 < facts["train"]["duplicates"] < 1 and 0 < facts["train"]["overlap_above"]["0.5"] < 1
+
+
+def _tokens(table: ChunkTable, chunk: int) -> list[int]:
+    tokens, length = table.gather(np.array([chunk]), 32)
+    return tokens[0, : length[0]].tolist()
+
+
+def _run(first: list[int], second: list[int]) -> int:
+    """The longest run of tokens that stands in both."""
+    match = SequenceMatcher(None, first, second, autojunk=False).find_longest_match()
+    return match.size
 
 
 def test_lsa_finds_what_tfidf_finds(corpus_dir: Path, tmp_path: Path) -> None:
@@ -170,6 +227,10 @@ def test_the_memory_told_is_said(data_dir: Path, capsys: pytest.CaptureFixture) 
     build(data_dir, TFIDF)
     database = open_chunk_tables(data_dir)["train"].num_chunks
     assert f"the exact index of {database} chunks takes about" in capsys.readouterr().err
+    for stage in STAGES:
+        shutil.rmtree(data_dir / stage)
+    build(data_dir, LSA)
+    assert f"index of {database} chunks x 24: Flat ({database} chunks, not above 131072: " in capsys.readouterr().err
 
 
 def test_held_out_text_does_not_change_the_weights(corpus_dir: Path, data_dir: Path) -> None:
