@@ -20,14 +20,17 @@ SAMPLED = 2048
 READ, OVERLAPS = 2, (0.125, 0.25, 0.5, 0.75)
 
 
-def sampled_facts(texts: ChunkTexts, vectors: Artefact, folder: Path, seed: int) -> Mapping[Split, Mapping[str, Any]]:
-    """For each split, of at most ``SAMPLED`` random chunks: their number; the share that has a duplicate among its saved
-    neighbours (the same vector, up to rounding); and the share that has one among its nearest two with which it, or the chunk
-    after it, has a run of tokens in common that is longer than each of ``OVERLAPS``."""
-    return {split: _facts(texts, vectors, folder, split, seed) for split in SPLITS}
+def sampled_facts(
+    texts: ChunkTexts, queries: Artefact, folder: Path, seed: int, *, symmetric: bool
+) -> Mapping[Split, Mapping[str, Any]]:
+    """For each split, of at most ``SAMPLED`` random chunks: their number; the share that has one among its nearest two with which
+    it, or the chunk after it, has a run of tokens in common that is longer than each of ``OVERLAPS``; and the share that has a
+    duplicate among its saved neighbours (the same vector as what searches, up to rounding). Duplicates are not told of sparse
+    vectors that search otherwise embedded than they are found (not ``symmetric``): their distances say nothing of it."""
+    return {split: _facts(texts, queries, folder, split, seed, symmetric=symmetric) for split in SPLITS}
 
 
-def _facts(texts: ChunkTexts, vectors: Artefact, folder: Path, split: Split, seed: int) -> Mapping[str, Any]:
+def _facts(texts: ChunkTexts, queries: Artefact, folder: Path, split: Split, seed: int, *, symmetric: bool) -> Mapping[str, Any]:
     table, found_NS = texts.table(split), np.load(folder / f"{split}.ids.npy", mmap_mode="r")
     chunks = len(found_NS)
     sample = np.sort(np.random.default_rng(seed).choice(chunks, min(SAMPLED, chunks), replace=False, shuffle=False))
@@ -38,8 +41,10 @@ def _facts(texts: ChunkTexts, vectors: Artefact, folder: Path, split: Split, see
     runs = shared_runs(table, texts.table("train"), np.repeat(sample, near_NK.shape[1]), near_NK.reshape(-1), 2 * table.chunk_len)
     longest_N = runs.reshape(near_NK.shape).max(axis=1)
     above = {str(share): round(float((longest_N > share * table.chunk_len).mean()), 4) for share in OVERLAPS}
-    duplicate_N = _same_vector(vectors, folder, split, sample, ids_NS)
-    return {"chunks": len(sample), "duplicates": round(float(duplicate_N.mean()), 4), "overlap_above": above}
+    facts: dict[str, Any] = {"chunks": len(sample), "overlap_above": above}
+    if symmetric or not queries.summary["sparse"]:
+        facts["duplicates"] = round(float(_same_vector(queries, folder, split, sample, ids_NS).mean()), 4)
+    return facts
 
 
 def _same_vector(vectors: Artefact, folder: Path, split: Split, sample: np.ndarray, ids_NS: np.ndarray) -> np.ndarray:

@@ -52,7 +52,7 @@ def search_all(
     splits = {split: _counts(np.load(folder / f"{split}.ids.npy", mmap_mode="r")) for split in SPLITS}
     told = ("search", "factory", "why", "search_parameters", "candidates", "recall_at_20")
     facts = {name: index.summary[name] for name in told if name in index.summary}
-    sample = sampled_facts(texts, vectors, folder, config.seed)
+    sample = sampled_facts(texts, queries, folder, config.seed, symmetric=config.symmetric)
     return {"splits": splits, "database": blocks.chunks["train"], "distance": distance_of(index), **facts, "sample": sample}
 
 
