@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from itertools import islice
@@ -13,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from retro_jax.artefact import BLOCKS, Artefact, build_artefact, open_artefact, write_text
-from retro_jax.blocks import Block, block_arrays, run_blocks
+from retro_jax.artefact import Artefact, build_artefact, open_artefact
+from retro_jax.blocks import Block, block_arrays, keep_blocks_of, run_blocks
 from retro_jax.config import SPLITS, CorpusConfig
 from retro_jax.corpus.digests import MEMO
 from retro_jax.corpus.document import Document
@@ -29,7 +28,6 @@ from retro_jax.errors import BadInput
 TOKENS = "tokens"
 # A block ends at CorpusConfig.block_documents documents or here, so that books take no more memory than sentences.
 BLOCK_BYTES = 8 * 2**20
-BLOCK_PLAN = "block_documents"
 FACTS = ("documents", "empty", "text_bytes", "token_bytes")
 
 
@@ -57,7 +55,7 @@ def build_tokens(config: CorpusConfig, data_dir: Path) -> Artefact:
     inputs |= {f"source {i}": source_fingerprint(source, data_dir / MEMO) for i, source in enumerate(config.sources)}
 
     def make(folder: Path) -> Mapping:
-        _keep_blocks_of(folder, config.block_documents)
+        keep_blocks_of(folder, config.block_documents)
         count = run_blocks(
             folder,
             _tokenize_block,
@@ -75,15 +73,6 @@ def build_tokens(config: CorpusConfig, data_dir: Path) -> Artefact:
 def store_prefix(folder: Path, source: int, split: str) -> Path:
     """Where the ``tokens`` artefact keeps one source's documents of one split."""
     return folder / f"{source}-{split}"
-
-
-def _keep_blocks_of(folder: Path, block_documents: int) -> None:
-    """Blocks of another size, left by a killed run, are cut elsewhere: start again."""
-    plan, wanted = folder / BLOCKS / BLOCK_PLAN, f"{block_documents} with names"
-    if not plan.exists() or plan.read_text() != wanted:
-        shutil.rmtree(folder / BLOCKS, ignore_errors=True)
-        (folder / BLOCKS).mkdir()
-        write_text(plan, wanted)
 
 
 def _tasks(config: CorpusConfig, tokenizer: tuple[Path, str]) -> Iterator[tuple]:

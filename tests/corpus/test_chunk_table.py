@@ -37,7 +37,7 @@ def tokens_artefact(data: Path, sources: list[Documents]) -> None:
                 with TokenStoreWriter(store_prefix(folder, number, split), np.dtype(np.uint16)) as writer:
                     for document in documents if split == "train" else []:
                         writer.add(np.array(document, np.uint16), np.array([len(document)]))
-        return {"eod": EOD, "sources": [{} for _ in sources]}
+        return {"eod": EOD, "sources": [{"name": f"{i}.jsonl"} for i in range(len(sources))]}
 
     build_artefact(data / "tokens", kind="tokens", settings={"documents": sum(map(len, sources))}, inputs={}, make=make)
 

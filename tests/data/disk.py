@@ -24,7 +24,7 @@ def write_tables(folder, documents, chunk_len, sources=None):
                 with TokenStoreWriter(path / f"{source}-{split}", np.dtype(np.uint16)) as writer:
                     for document in documents.get(split, [])[bounds[source] : bounds[source + 1]]:
                         writer.add(np.array([*document, EOD], np.uint16), np.array([len(document) + 1]))
-        return {"eod": EOD, "sources": [{}] * count}
+        return {"eod": EOD, "sources": [{"name": f"{i}.jsonl"} for i in range(count)]}
 
     build_artefact(folder / "tokens", kind="tokens", settings={}, inputs={}, make=write)
     build_chunks(ChunkConfig(chunk_len=chunk_len, retrieved_len=2 * chunk_len), folder)

@@ -5,9 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 from retro_jax.errors import BadInput
 
@@ -60,6 +65,27 @@ class EndsItsProcess:
 
     def __call__(self, number: int, marks: Path) -> dict[str, np.ndarray]:
         raise AssertionError
+
+
+@contextmanager
+def one_killed(partial: Path, name: str, processes: Callable[[], Iterable[psutil.Process]]) -> Iterator[list[int]]:
+    """SIGKILL to one of the processes that has ``name`` in its command line, as soon as a block of this stage is stored; gives
+    the list that it will stand in."""
+    killed: list[int] = []
+
+    def kill() -> None:
+        deadline = time.monotonic() + 120
+        while not list((partial / "blocks").glob("*.done")) and time.monotonic() < deadline:
+            time.sleep(0.002)
+        for process in processes():
+            if not killed and name in " ".join(process.cmdline()):
+                process.send_signal(signal.SIGKILL)
+                killed.append(process.pid)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    yield killed
+    killer.join()
 
 
 def calls(marks: Path, number: int) -> int:

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
 import pytest
 
 from retro_jax.blocks import run_blocks
+from retro_jax.config import ChunkConfig, RetrievalConfig
+from retro_jax.corpus.chunk_table import open_chunk_tables
 from retro_jax.errors import BadInput, UserError
+from retro_jax.retrieval.neighbours import build_neighbours
 from tests.executor.computed import (
     EndsItsProcess,
     bad_input,
@@ -20,9 +25,12 @@ from tests.executor.computed import (
     dies_once,
     disk_full,
     numbers,
+    one_killed,
     poisonous,
     workers,
 )
+from tests.retrieval.conftest import build_corpus
+from tests.retrieval.test_neighbours import contents
 
 BLOCKS = 6
 
@@ -82,6 +90,22 @@ def test_what_ends_the_run_comes_as_it_was_raised(compute: Callable, error: type
         run(tmp_path / "a", compute)
     assert getattr(raised.value, "errno", errno.ENOSPC) == errno.ENOSPC
     assert "in the worker:\nTraceback" in "".join(raised.value.__notes__) and no_worker_is_left(tmp_path)
+
+
+@pytest.mark.slow
+def test_a_build_with_a_killed_worker_equals_one_that_was_let_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """SIGKILL to a process that searches, as soon as there are blocks of neighbours."""
+    corpus, chunks = build_corpus(tmp_path / "corpus"), ChunkConfig(chunk_len=16, num_neighbours=2, retrieved_len=32)
+    config = RetrievalConfig(saved=6, features=2**14, block_chunks=4)
+    built = {}
+    for size in (1, 2):
+        data_dir = shutil.copytree(corpus, tmp_path / str(size))
+        children = psutil.Process().children
+        with one_killed(data_dir / "neighbours.partial", "spawn_main" if size == 2 else "none", children) as killed:
+            build_neighbours(replace(config, workers=size), data_dir, open_chunk_tables(data_dir), chunks)
+        built[size] = contents(data_dir)
+    assert killed and "its worker process died (signal 9" in capsys.readouterr().err
+    assert built[1] == built[2]
 
 
 def test_workers_that_cannot_start_end_the_run(tmp_path: Path) -> None:

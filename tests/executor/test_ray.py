@@ -5,12 +5,9 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +20,7 @@ from retro_jax.config import ChunkConfig, ExecutorConfig, RetrievalConfig
 from retro_jax.corpus.chunk_table import open_chunk_tables
 from retro_jax.errors import BadInput, UserError
 from retro_jax.retrieval.neighbours import build_neighbours
-from tests.executor.computed import bad_input, calls, dies_once, numbers, poisonous
+from tests.executor.computed import bad_input, calls, dies_once, numbers, one_killed, poisonous
 from tests.retrieval.conftest import build_corpus
 from tests.retrieval.test_neighbours import contents
 
@@ -91,26 +88,14 @@ def test_a_build_equals_the_local_one(
     assert len(local) > 15
 
 
+@pytest.mark.slow
 def test_a_build_with_a_killed_worker_equals_the_local_one(
     corpus: Path, executor: ExecutorConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """SIGKILL to an actor that computes, as soon as there are blocks of neighbours."""
     config = replace(LSA, embedder="tfidf", block_chunks=4)
-    killed: list[int] = []
-
-    def kill() -> None:
-        blocks, deadline = tmp_path / "ray" / "neighbours.partial" / "blocks", time.monotonic() + 120
-        while not list(blocks.glob("*.done")) and time.monotonic() < deadline:
-            time.sleep(0.002)
-        for process in psutil.process_iter():
-            if not killed and "ray::_Actor.compute" in " ".join(process.cmdline()):
-                process.send_signal(signal.SIGKILL)
-                killed.append(process.pid)
-
-    killer = threading.Thread(target=kill)
-    killer.start()
-    found = build(corpus, tmp_path / "ray", replace(config, executor=executor))
-    killer.join()
+    with one_killed(tmp_path / "ray" / "neighbours.partial", "ray::_Actor.compute", psutil.process_iter) as killed:
+        found = build(corpus, tmp_path / "ray", replace(config, executor=executor))
     assert killed and "its Ray actor is gone" in capsys.readouterr().err
     assert found == build(corpus, tmp_path / "local", replace(config, workers=1))
 
