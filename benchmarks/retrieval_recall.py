@@ -14,7 +14,7 @@ import argparse
 import json
 import platform
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -41,6 +41,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help=f"the folder that holds {CORPUS} and {', '.join(SETS)}")
     parser.add_argument("--encoder", type=Path, help="a sentence encoder of BERT's form in Hugging Face's format")
+    parser.add_argument("--lsa", type=int, nargs="*", default=LSA_DIMS, metavar="DIM", help="dimensions of lsa")
     parser.add_argument("--workdir", type=Path, default=Path("runs/retrieval_recall"))
     parser.add_argument("--output", type=Path, default=RESULTS)
     given = parser.parse_args()
@@ -48,7 +49,7 @@ def main() -> None:
     sets = read_questions([str(given.data / name / "items.jsonl") for name in SETS])
     rows = {"plain TF-IDF, whole passages": plain_tfidf(given.data / CORPUS / "items.jsonl", sets)}
     facts: dict = {}
-    for name, retrieval in settings(given.encoder):
+    for name, retrieval in settings(given.encoder, given.lsa):
         config = configured(given.data, retrieval)
         folder = given.workdir / name.replace(" ", "-").replace(",", "")
         take_corpus(given.workdir, folder)
@@ -62,14 +63,14 @@ def main() -> None:
     Console(width=150).print(as_table(rows))
 
 
-def settings(encoder: Path | None) -> Iterator[tuple[str, RetrievalConfig]]:
+def settings(encoder: Path | None, lsa_dims: Sequence[int]) -> Iterator[tuple[str, RetrievalConfig]]:
     """A name and settings for each row."""
     for context in CONTEXTS:
         yield f"tfidf, {context}", RetrievalConfig(context=context)
     if encoder is not None:
         bert = RetrievalConfig(embedder="bert", bert=BertConfig(path=str(encoder)), block_chunks=1024)
         yield f"{encoder.resolve().name}, title_and_before", replace(bert, context="title_and_before")
-    for dim in LSA_DIMS:
+    for dim in lsa_dims:
         yield f"lsa {dim}, title_and_before", RetrievalConfig(embedder="lsa", lsa_dim=dim, context="title_and_before")
 
 

@@ -291,7 +291,7 @@ def test_few_shapes_and_little_padding(bert_dir: Path, monkeypatch: pytest.Monke
     assert shapes == [(32, 8)] * 5 + [(10, 24)]
 
 
-@pytest.mark.parametrize("devices", [4, 3])
+@pytest.mark.parametrize("devices", [4, pytest.param(3, marks=pytest.mark.slow)])
 def test_devices_share_the_rows_and_change_nothing(bert_dir: Path, monkeypatch: pytest.MonkeyPatch, devices: int) -> None:
     """To the bit: each device has as many rows as one alone, and rows that no text fills make the last batch whole."""
     texts = [*TEXTS[:2], *(f"text {number} of many" for number in range(75))]

@@ -38,7 +38,7 @@ def workdir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A database without neighbours, and its config as a run stores it."""
     folder = tmp_path_factory.mktemp("asked")
     documents = [{"id": "d0", "title": "Ducks", "text": DUCK}]
-    documents += [{"id": f"d{i}", "title": "", "text": f"other words number {i} stand here " * 4} for i in range(1, 12)]
+    documents += [{"id": f"d{i}", "title": "", "text": f"other words number {i:02d} stand here " * 4} for i in range(1, 12)]
     (folder / "corpus.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
     (folder / "config.gin").write_text(SETTINGS.format(corpus=folder / "corpus.jsonl"))
     prepare_database(load_config([folder / "config.gin"]), folder / "data", lambda line: None)
@@ -50,9 +50,9 @@ def query(workdir: Path, *arguments: str) -> int:
 
 
 def test_the_chunk_its_document_and_how_it_goes_on(workdir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert query(workdir, "--json", "--k", "2", "a duck swims", "words number 7") == 0
+    assert query(workdir, "--json", "--k", "2", "a duck swims", "words number 07") == 0
     first, second = (json.loads(line) for line in capsys.readouterr().out.splitlines())
-    assert (first["text"], second["text"]) == ("a duck swims", "words number 7")
+    assert (first["text"], second["text"]) == ("a duck swims", "words number 07")
     best = first["neighbours"][0]
     assert (best["rank"], best["id"], best["title"], best["source"]) == (1, "d0", "Ducks", str(workdir / "corpus.jsonl"))
     assert DUCK.startswith(best["text"] + best["continuation"]) and "duck" in best["text"] and best["continuation"]
