@@ -61,7 +61,8 @@ def costs_of(config: RetrievalConfig, chunks: int, dim: int) -> IndexCosts:
         UserError: faiss is missing, does not understand the factory string, or the index needs more memory than there is.
     """
     factory, why = chosen_factory(config.index_factory, chunks, dim)
-    cores, copied = os.cpu_count() or 1, chunks * dim * 4 / COPIED_BYTES
+    cores, copied = len(os.sched_getaffinity(0)), chunks * dim * 4 / COPIED_BYTES
+    workers = min(config.workers, cores)
     if factory == EXACT:
         return IndexCosts(EXACT, why, 0, DEVICE_BYTES, copied, chunks**2 / (_distances_a_second(dim) * cores))
     faiss = import_faiss()
@@ -73,7 +74,7 @@ def costs_of(config: RetrievalConfig, chunks: int, dim: int) -> IndexCosts:
     trained = KMEANS_ROUNDS * min(sample, KMEANS_POINTS * lists) * lists / (1 if graph else cores)
     trained += TRAINED_CODES if coded and sample else 0
     if lists:
-        added = chunks * (assigned + CODED_VECTOR * coded) / config.workers
+        added = chunks * (assigned + CODED_VECTOR * coded) / workers
         probed = max(16, min(128, lists // 16)) / lists
         searched = chunks * (assigned + probed * chunks * (SCANNED_CODE if coded else SCANNED_VECTOR))
     else:
@@ -82,7 +83,7 @@ def costs_of(config: RetrievalConfig, chunks: int, dim: int) -> IndexCosts:
     recall = 0 if factory == "Flat" else 2 * RECALL_QUERIES * chunks / cores
     size = chunks * chunk_bytes + lists * dim * 4
     memory = max(2 * sample * dim * 4, _memory_to_add(faiss, index, config, chunks, dim, chunk_bytes))
-    costs = IndexCosts(factory, why, size, memory, copied + (trained + added + recall) / rate, searched / (rate * config.workers))
+    costs = IndexCosts(factory, why, size, memory, copied + (trained + added + recall) / rate, searched / (rate * workers))
     if memory > memory_of_machine():
         raise UserError(
             f"RetrievalConfig.index_factory={config.index_factory!r}: {factory} of {chunks} chunks takes "
