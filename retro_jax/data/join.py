@@ -172,6 +172,7 @@ def _write_shards(folder: Path, rows: _Rows, count: int, *, workers: int) -> Map
         workers=workers,
         description="joined: shards of training rows",
         total=len(shards),
+        describe=lambda task: task[0].name,
     )
     return {
         "rows": count,

@@ -84,7 +84,7 @@ def test_what_was_searched_is_kept(
     again = evaluate_retrieval(config, opened, read_questions([str(file)]), tmp_path / "evaluation")
     assert again == first
     write(file, (words(1)[0], ["p1"]), (words(3)[0], ["p2"]))
-    with pytest.raises(TypeError):  # other questions are searched
+    with pytest.raises(UserError, match="questions of q: 1 block failed"):  # other questions are searched
         evaluate_retrieval(config, opened, read_questions([str(file)]), tmp_path / "evaluation")
 
 
