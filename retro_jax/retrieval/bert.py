@@ -55,12 +55,18 @@ class BertEmbedder:
         """Nothing is learned: the models' files are checked and copied, so that the artefact is whole by itself.
 
         Raises:
-            UserError: the weights are not those of the encoder that ``config.json`` tells, or the tokenizer's ids are not.
+            UserError: the weights are not those of the encoder that ``config.json`` tells, or the tokenizer's ids are not; or
+                vectors of any length are to be compared by their cosine.
         """
         assert config.bert.path is not None
         source, query_source = Path(config.bert.path), Path(config.bert.query_path or config.bert.path)
         facts = cls.facts(config)
         theirs = query_facts(facts)
+        if config.metric == "cosine" and "no" in (facts["normalize"], (theirs or facts)["normalize"]):
+            raise BadInput(
+                f"{source} gives vectors of any length, and RetrievalConfig.metric='cosine' takes those of unit length; "
+                "use metric='inner_product', or BertConfig.normalize='yes'"
+            )
         told: dict[str, str | int] = {"name": source.resolve().name, "pooling": facts["pooling"], "dim": facts["dim"]}
         try:
             model = cls(source, query_source, facts)
