@@ -66,7 +66,7 @@ def compute_all(
                     advance()
     finally:
         crew.dismiss()
-    return run.given_up
+    return sorted(run.given_up, key=lambda failure: failure.number)
 
 
 def failures_in_words(failures: list[Failure], attempts: int, description: str) -> str:

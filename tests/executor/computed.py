@@ -8,7 +8,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -78,9 +78,10 @@ def one_killed(partial: Path, name: str, processes: Callable[[], Iterable[psutil
         while not list((partial / "blocks").glob("*.done")) and time.monotonic() < deadline:
             time.sleep(0.002)
         for process in processes():
-            if not killed and name in " ".join(process.cmdline()):
-                process.send_signal(signal.SIGKILL)
-                killed.append(process.pid)
+            with suppress(psutil.Error):  # it has ended by itself
+                if not killed and name in " ".join(process.cmdline()):
+                    process.send_signal(signal.SIGKILL)
+                    killed.append(process.pid)
 
     killer = threading.Thread(target=kill)
     killer.start()

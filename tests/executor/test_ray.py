@@ -94,7 +94,7 @@ def test_a_build_with_a_killed_worker_equals_the_local_one(
 ) -> None:
     """SIGKILL to an actor that computes, as soon as there are blocks of neighbours."""
     config = replace(LSA, embedder="tfidf", block_chunks=4)
-    with one_killed(tmp_path / "ray" / "neighbours.partial", "ray::_Actor.compute", psutil.process_iter) as killed:
+    with one_killed(tmp_path / "ray" / "neighbours.partial", "ray::_Actor", psutil.process_iter) as killed:
         found = build(corpus, tmp_path / "ray", replace(config, executor=executor))
     assert killed and "its Ray actor is gone" in capsys.readouterr().err
     assert found == build(corpus, tmp_path / "local", replace(config, workers=1))
