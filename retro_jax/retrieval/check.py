@@ -21,6 +21,7 @@ from retro_jax.prepare import MADE_FROM, built_stages
 from retro_jax.retrieval.chunk_texts import ChunkTexts
 from retro_jax.retrieval.embedder import load_embedder
 from retro_jax.retrieval.embedding import Side, embed_block
+from retro_jax.retrieval.index import one_process
 from retro_jax.retrieval.ngrams import NGRAMS, build_shard, shards_of
 from retro_jax.retrieval.search_stage import Searched, search_block
 from retro_jax.retrieval.vectors import Vectors, open_vectors
@@ -240,7 +241,7 @@ def _neighbours(config: RetrievalConfig, data_dir: Path, sound: dict[str, Artefa
     searched = Searched(texts, index.path, vectors, queries, index.fingerprint)
     blocks = _blocks(config, texts, SPLITS)
     tasks = [(searched, saved, neighbours.path, *block) for block in blocks]
-    return wrong, _Stage("neighbours", _compare_neighbours, tasks, blocks)
+    return wrong, _Stage("neighbours", _compare_neighbours, tasks, blocks, one_process(index))
 
 
 def _compare_neighbours(searched: Searched, saved: int, neighbours: Path, split: Split, start: int, stop: int) -> Block:
