@@ -217,7 +217,8 @@ def test_dry_run_of_a_run_that_is_done(trained: tuple[list[str], str]) -> None:
     assert "model retro: step 8 is done, 2 to go" in dry.stdout
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
 def test_a_signal_saves_and_the_same_command_continues(tmp_path: Path, number: signal.Signals, code: int) -> None:
     arguments = ["--config", str(write_config(tmp_path)), "--workdir", str(tmp_path / "run"), "--set", "TrainConfig.baselines=()"]
     command = [sys.executable, "train.py", *arguments, "--set", "TrainConfig.steps=1000000"]

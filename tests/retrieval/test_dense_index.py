@@ -53,7 +53,8 @@ def exact(database: DenseVectors, queries: np.ndarray, width: int) -> tuple[np.n
 
 
 ON_DISK = ["IVF16,Flat", "PCA8,IVF16,Flat", "IVF16,SQ8", "OPQ4,IVF8_HNSW8,PQ4x4"]
-IN_MEMORY = ["Flat", "HNSW16", "SQ8", "IVF16,PQ8x4fs", "IVF16,RaBitQ", "IVF16,PQ8,RFlat", "HNSW16_SQ8"]
+SLOW_TO_TRAIN = pytest.param("IVF16,PQ8,RFlat", marks=pytest.mark.slow)
+IN_MEMORY = ["Flat", "HNSW16", "SQ8", "IVF16,PQ8x4fs", "IVF16,RaBitQ", "HNSW16_SQ8", SLOW_TO_TRAIN]
 
 
 @pytest.mark.parametrize("factory", [*ON_DISK, *IN_MEMORY])

@@ -52,7 +52,10 @@ def wait_for(condition: object, process: subprocess.Popen[str], seconds: float =
         time.sleep(0.01)
 
 
-@pytest.mark.parametrize(("stop_at", "number"), [(2, signal.SIGINT), (6, signal.SIGTERM), (8, signal.SIGTERM)])
+@pytest.mark.parametrize(
+    ("stop_at", "number"),
+    [pytest.param(2, signal.SIGINT, marks=pytest.mark.slow), (6, signal.SIGTERM), (8, signal.SIGTERM)],
+)
 def test_a_signal_saves_and_the_next_run_continues(
     stop_at: int, number: signal.Signals, whole_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

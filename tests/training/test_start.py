@@ -116,6 +116,7 @@ def test_a_retro_goes_on_with_its_gate(tmp_path: Path) -> None:
         started(gated, folder)
 
 
+@pytest.mark.slow
 def test_training_of_the_retrieval_alone(tmp_path: Path) -> None:
     """From a run's last checkpoint; what is frozen stays bit-equal and has no moments, what is new learns."""
     config = tiny_config(steps=2)
