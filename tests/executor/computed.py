@@ -68,9 +68,9 @@ class EndsItsProcess:
 
 
 @contextmanager
-def one_killed(partial: Path, name: str, processes: Callable[[], Iterable[psutil.Process]]) -> Iterator[list[int]]:
-    """SIGKILL to one of the processes that has ``name`` in its command line, as soon as a block of this stage is stored; gives
-    the list that it will stand in."""
+def workers_killed(partial: Path, name: str, processes: Callable[[], Iterable[psutil.Process]]) -> Iterator[list[int]]:
+    """SIGKILL to every process that has ``name`` in its command line, as soon as a block of this stage is stored; gives the list
+    that they will stand in. One of them alone may be a worker that is still starting, which has no block to lose."""
     killed: list[int] = []
 
     def kill() -> None:
@@ -79,7 +79,7 @@ def one_killed(partial: Path, name: str, processes: Callable[[], Iterable[psutil
             time.sleep(0.002)
         for process in processes():
             with suppress(psutil.Error):  # it has ended by itself
-                if not killed and name in " ".join(process.cmdline()):
+                if name in " ".join(process.cmdline()):
                     process.send_signal(signal.SIGKILL)
                     killed.append(process.pid)
 

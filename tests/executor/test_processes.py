@@ -25,9 +25,9 @@ from tests.executor.computed import (
     dies_once,
     disk_full,
     numbers,
-    one_killed,
     poisonous,
     workers,
+    workers_killed,
 )
 from tests.retrieval.conftest import build_corpus
 from tests.retrieval.test_neighbours import contents
@@ -94,14 +94,14 @@ def test_what_ends_the_run_comes_as_it_was_raised(compute: Callable, error: type
 
 @pytest.mark.slow
 def test_a_build_with_a_killed_worker_equals_one_that_was_let_be(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """SIGKILL to a process that searches, as soon as there are blocks of neighbours."""
+    """SIGKILL to the processes that search, as soon as there are blocks of neighbours."""
     corpus, chunks = build_corpus(tmp_path / "corpus"), ChunkConfig(chunk_len=16, num_neighbours=2, retrieved_len=32)
     config = RetrievalConfig(saved=6, features=2**14, block_chunks=4)
     built = {}
     for size in (1, 2):
         data_dir = shutil.copytree(corpus, tmp_path / str(size))
         children = psutil.Process().children
-        with one_killed(data_dir / "neighbours.partial", "spawn_main" if size == 2 else "none", children) as killed:
+        with workers_killed(data_dir / "neighbours.partial", "spawn_main" if size == 2 else "none", children) as killed:
             build_neighbours(replace(config, workers=size), data_dir, open_chunk_tables(data_dir), chunks)
         built[size] = contents(data_dir)
     assert killed and "its worker process died (signal 9" in capsys.readouterr().err

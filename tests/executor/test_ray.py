@@ -20,7 +20,7 @@ from retro_jax.config import ChunkConfig, ExecutorConfig, RetrievalConfig
 from retro_jax.corpus.chunk_table import open_chunk_tables
 from retro_jax.errors import BadInput, UserError
 from retro_jax.retrieval.neighbours import build_neighbours
-from tests.executor.computed import bad_input, calls, dies_once, numbers, one_killed, poisonous
+from tests.executor.computed import bad_input, calls, dies_once, numbers, poisonous, workers_killed
 from tests.retrieval.conftest import build_corpus
 from tests.retrieval.test_neighbours import contents
 
@@ -92,9 +92,9 @@ def test_a_build_equals_the_local_one(
 def test_a_build_with_a_killed_worker_equals_the_local_one(
     corpus: Path, executor: ExecutorConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """SIGKILL to an actor that computes, as soon as there are blocks of neighbours."""
+    """SIGKILL to the actors that compute, as soon as there are blocks of neighbours."""
     config = replace(LSA, embedder="tfidf", block_chunks=4)
-    with one_killed(tmp_path / "ray" / "neighbours.partial", "ray::_Actor", psutil.process_iter) as killed:
+    with workers_killed(tmp_path / "ray" / "neighbours.partial", "ray::_Actor", psutil.process_iter) as killed:
         found = build(corpus, tmp_path / "ray", replace(config, executor=executor))
     assert killed and "its Ray actor is gone" in capsys.readouterr().err
     assert found == build(corpus, tmp_path / "local", replace(config, workers=1))
