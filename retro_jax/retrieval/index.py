@@ -48,7 +48,7 @@ def build_index(config: RetrievalConfig, vectors: Artefact, path: Path) -> Artef
 
     def make(folder: Path) -> Mapping:
         if isinstance(database, SparseVectors):
-            return build_sparse_index(config, database, folder)
+            return build_sparse_index(config, vectors, folder)
         return build_dense_index(config, database, folder)
 
     settings = {} if isinstance(database, SparseVectors) else dense_index_settings(config)

@@ -50,7 +50,7 @@ class IndexCosts:
             where = f"at most {in_words(round(self.memory))} of each device"
         return (
             f"{self.factory} ({self.why}): about {in_words(round(self.index_bytes))} on disk, {where}, "
-            f"{_duration(self.build_seconds)} to build and {_duration(self.search_seconds)} to search all its chunks on CPUs"
+            f"{duration(self.build_seconds)} to build and {duration(self.search_seconds)} to search all its chunks on CPUs"
         )
 
 
@@ -135,7 +135,7 @@ def _distances_a_second(dim: int) -> float:
     return CALIBRATION_QUERIES * CALIBRATION_CHUNKS / min(took)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """In the unit that a person would use."""
     for unit, size in (("days", 86_400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * size:

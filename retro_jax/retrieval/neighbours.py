@@ -17,13 +17,10 @@ from retro_jax.retrieval.embedder import EMBEDDERS, build_embedder
 from retro_jax.retrieval.embedding import build_queries, build_vectors
 from retro_jax.retrieval.index import build_index
 from retro_jax.retrieval.index_costs import costs_of
-from retro_jax.retrieval.memory import in_words
 from retro_jax.retrieval.neighbour_table import NEIGHBOURS, NeighbourTable
 from retro_jax.retrieval.search_stage import search_all
-from retro_jax.retrieval.sparse_index import refuse_too_large
+from retro_jax.retrieval.sparse_costs import SAMPLED_CHUNKS, sparse_costs
 from retro_jax.retrieval.tfidf import count_ngrams
-
-SAMPLED_CHUNKS = 4096
 
 
 def build_neighbours(
@@ -92,6 +89,5 @@ def _say_costs(config: RetrievalConfig, texts: ChunkTexts) -> None:
         print(f"index of {chunks:,} chunks x {dim}: {costs_of(config, chunks, dim)}", file=sys.stderr)
         return
     sample = np.sort(np.random.default_rng(config.seed).choice(chunks, min(SAMPLED_CHUNKS, chunks), replace=False, shuffle=False))
-    entries = int(count_ngrams(texts.read_found("train", sample), config.features, config.max_ngram).nnz * (chunks / len(sample)))
-    needed = refuse_too_large(entries, chunks, config.workers)
-    print(f"the exact index of {chunks:,} chunks takes about {in_words(needed)} of memory", file=sys.stderr)
+    counts = count_ngrams(texts.read_found("train", sample), config.features, config.max_ngram)
+    print(sparse_costs(config, counts, chunks), file=sys.stderr)

@@ -30,7 +30,7 @@ def test_equals_brute_force(data: st.DataObject, chunks: int, columns: int, want
     database = data.draw(hnp.arrays(np.float32, (chunks, columns), elements=ENTRIES))
     documents = np.sort(data.draw(hnp.arrays(np.int64, chunks, elements=st.integers(0, 9))))
     queries = data.draw(hnp.arrays(np.float32, (5, columns), elements=ENTRIES))
-    index = SparseIndex(csr_matrix(database.T))
+    index = SparseIndex([csr_matrix(database.T)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(document_search, "CHUNKS_A_DOCUMENT", 1)
         found = nearest_documents(index, csr_matrix(queries), documents, wanted)
@@ -48,7 +48,7 @@ def test_widens_past_a_document_that_takes_all_room(monkeypatch: pytest.MonkeyPa
     search = SparseIndex.search
     monkeypatch.setattr(SparseIndex, "search", lambda self, q, w: widths.append(w) or search(self, q, w))
     found, chunks, _ = nearest_documents(
-        SparseIndex(csr_matrix(database.T)), csr_matrix([[1.0, 0.0]], dtype=np.float32), documents, 4
+        SparseIndex([csr_matrix(database.T)]), csr_matrix([[1.0, 0.0]], dtype=np.float32), documents, 4
     )
     assert found.tolist() == [[0, 1, 2, 3]] and chunks.tolist() == [[0, 500, 501, 502]]
     assert widths == [12, 48, 192, 520]

@@ -15,10 +15,11 @@ from retro_jax.config import SPLITS, ChunkConfig, Metric, RetrievalConfig, Split
 from retro_jax.corpus.chunk_table import ChunkTable, open_chunk_tables
 from retro_jax.corpus.tokenizer import load_tokenizer
 from retro_jax.errors import UserError
-from retro_jax.retrieval import search_stage, sparse_index
+from retro_jax.retrieval import search_stage, sparse_costs, sparse_index
 from retro_jax.retrieval.metric import DISTANCES
 from retro_jax.retrieval.neighbour_table import NeighbourTable
 from retro_jax.retrieval.neighbours import build_neighbours
+from retro_jax.retrieval.sparse_index import SparseIndex
 from retro_jax.retrieval.vectors import open_vectors
 from tests.retrieval.conftest import build_corpus
 
@@ -198,7 +199,7 @@ def test_other_settings_are_refused(data_dir: Path) -> None:
         build(data_dir, LSA)
 
 
-@pytest.mark.parametrize("name", ["neighbours/test.ids.npy", "vectors/train.data.npy", "index/chunks.npy", "embedder/idf.npy"])
+@pytest.mark.parametrize("name", ["neighbours/test.ids.npy", "vectors/train.data.npy", "index/0.chunks.npy", "embedder/idf.npy"])
 def test_a_truncated_file_is_told(name: str, data_dir: Path) -> None:
     build(data_dir, TFIDF)
     path = data_dir / name
@@ -207,11 +208,39 @@ def test_a_truncated_file_is_told(name: str, data_dir: Path) -> None:
         build(data_dir, TFIDF)
 
 
+@pytest.mark.parametrize("workers", [1, 2])
+def test_neighbours_do_not_depend_on_the_shards_of_a_sparse_index(
+    workers: int, data_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = shutil.copytree(data_dir, tmp_path / "whole")
+    build(whole, TFIDF)
+    monkeypatch.setattr(sparse_index, "SHARD_ENTRIES", 500)
+    build(data_dir, replace(TFIDF, workers=workers))
+    summaries = [open_artefact(folder / "index", "index").summary for folder in (whole, data_dir)]
+    assert len(summaries[0]["shards"]) == 1 and len(summaries[1]["shards"]) > 5
+    assert summaries[0]["chunks"] == summaries[1]["chunks"] == sum(summaries[1]["shards"])
+    for split in SPLITS:
+        for name in ("ids", "distances"):
+            files = [(folder / "neighbours" / f"{split}.{name}.npy").read_bytes() for folder in (whole, data_dir)]
+            assert files[0] == files[1], (split, name)
+
+
+def test_a_sparse_index_without_shards_is_searched(data_dir: Path) -> None:
+    """As 0.1.0 wrote it."""
+    build(data_dir, TFIDF)
+    index, vectors = (open_artefact(data_dir / name, name) for name in ("index", "vectors"))
+    queries = open_vectors(vectors, "train").rows(0, 20)
+    expected = SparseIndex.open(index).search(queries, 5)
+    for name in sparse_index.ARRAYS:
+        (index.path / f"0.{name}.npy").rename(index.path / f"{name}.npy")
+    del index.manifest["summary"]["shards"]
+    for old, new in zip(SparseIndex.open(index).search(queries, 5), expected, strict=True):
+        np.testing.assert_array_equal(old, new)
+
+
 def test_too_little_memory_is_told_before_anything_is_built(data_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sparse_index, "memory_of_machine", lambda: 2**20)
-    with pytest.raises(
-        UserError, match=r"training chunks need about .* MiB, but this machine has .* use RetrievalConfig.embedder='lsa'"
-    ):
+    monkeypatch.setattr(sparse_costs, "memory_of_machine", lambda: 2**20)
+    with pytest.raises(UserError, match=r"needs about 48 MiB .* but this machine has 1 MiB; use .*'lsa'"):
         build(data_dir, TFIDF)
     assert not any((data_dir / f"{stage}{suffix}").exists() for stage in STAGES for suffix in ("", ".partial"))
     build(data_dir, LSA)
@@ -226,7 +255,7 @@ def test_a_bad_index_is_told_before_anything_is_built(data_dir: Path) -> None:
 def test_the_memory_told_is_said(data_dir: Path, capsys: pytest.CaptureFixture) -> None:
     build(data_dir, TFIDF)
     database = open_chunk_tables(data_dir)["train"].num_chunks
-    assert f"the exact index of {database} chunks takes about" in capsys.readouterr().err
+    assert f"the exact index of {database} chunks takes about 0 MiB on disk, 48 MiB of memory" in capsys.readouterr().err
     for stage in STAGES:
         shutil.rmtree(data_dir / stage)
     build(data_dir, LSA)

@@ -27,8 +27,8 @@ def brute_force(
     return ids, distances
 
 
-def index_of(database: np.ndarray) -> SparseIndex:
-    return SparseIndex(csr_matrix(database.T.astype(np.float32)))
+def index_of(database: np.ndarray, shards: int = 1) -> SparseIndex:
+    return SparseIndex([csr_matrix(rows.T.astype(np.float32)) for rows in np.array_split(database, shards)])
 
 
 # Halves and quarters: sums are exact in float32 in any order, and ties are many.
@@ -36,8 +36,10 @@ ENTRIES = st.sampled_from([0, 0, 0, 0.25, 0.5])
 
 
 @settings(max_examples=80, deadline=None)
-@given(st.data(), st.integers(1, 40), st.integers(1, 6), st.integers(1, 5), st.integers(1, 60))
-def test_equals_brute_force(data: st.DataObject, chunks: int, columns: int, wanted: int, results_at_once: int) -> None:
+@given(st.data(), st.integers(1, 40), st.integers(1, 6), st.integers(1, 5), st.integers(1, 60), st.integers(1, 5))
+def test_equals_brute_force(
+    data: st.DataObject, chunks: int, columns: int, wanted: int, results_at_once: int, shards: int
+) -> None:
     database = data.draw(hnp.arrays(np.float32, (chunks, columns), elements=ENTRIES))
     documents = np.sort(data.draw(hnp.arrays(np.int64, chunks, elements=st.integers(0, 4))))
     queries = data.draw(hnp.arrays(np.float32, (7, columns), elements=ENTRIES))
@@ -46,7 +48,7 @@ def test_equals_brute_force(data: st.DataObject, chunks: int, columns: int, want
         patch.setattr(search, "TIE_ROOM", 0)
         patch.setattr(search, "OWN_ROOM", 0)
         patch.setattr(sparse_index, "RESULTS_AT_ONCE", results_at_once)
-        ids, distances = nearest_outside(index_of(database), csr_matrix(queries), own, documents, wanted)
+        ids, distances = nearest_outside(index_of(database, shards), csr_matrix(queries), own, documents, wanted)
     expected_ids, expected_distances = brute_force(queries, database, own, documents, wanted)
     assert ids.tolist() == expected_ids
     np.testing.assert_array_equal(distances, np.array(expected_distances, np.float32))
