@@ -106,8 +106,14 @@ class Config:
             f"{self.data.seq_len} / ({m} * {mesh.sequence}) = {chunks} chunks among MeshConfig.tensor={mesh.tensor} devices; "
             "change one of them",
         )
+        packs = self.training.neighbour_capacity != 1.0
         check(
-            (division != "heads" and chunks % mesh.tensor == 0) or self.chunks.retrieved_len % mesh.tensor == 0,
+            division != "chunks" or not packs,
+            "EncoderConfig.division='chunks' leaves each device the chunks of its own tokens, which "
+            f"TrainConfig.neighbour_capacity={self.training.neighbour_capacity} packs together; use division='heads', or 1.0",
+        )
+        check(
+            (division != "heads" and not packs and chunks % mesh.tensor == 0) or self.chunks.retrieved_len % mesh.tensor == 0,
             f"ChunkConfig.retrieved_len={self.chunks.retrieved_len} is not a multiple of MeshConfig.tensor={mesh.tensor}; "
             "change one of them",
         )

@@ -54,6 +54,10 @@ class TrainConfig:
     "huggingface" of ``python -m retro_jax convert``. Where it is a GPT and the model a Retro, ``new_parts`` says how chunked
     cross-attention and encoder start: "no_op" adds exactly 0 at first (the output projection is 0, or a learned gate),
     "initialised" starts as without a checkpoint (InstructRetro). ``trained`` "retrieval" trains these parts alone.
+
+    ``neighbour_capacity``: the share of the chunks that a device computes at a time whose neighbours are encoded. Below 1 those
+    of the others, which no token reads, are left out of the step; a batch in which more are read ends the run. "auto" is chosen
+    at the start from the training rows.
     """
 
     steps: int = 1000
@@ -71,6 +75,7 @@ class TrainConfig:
     keep: int = 2
     valid_every: int = 200
     valid_batches: int = 8
+    neighbour_capacity: float | Literal["auto"] = 1.0
 
     def __post_init__(self) -> None:
         check_positive(self, "steps", "accumulate", "loss_chunk", "log_every", "checkpoint_every", "keep")
@@ -97,6 +102,11 @@ class TrainConfig:
                 f"TrainConfig.baselines names {baseline!r}; choose from {', '.join(get_args(Baseline))}",
             )
         check(0.0 <= self.z_loss < float("inf"), f"TrainConfig.z_loss={self.z_loss} must be finite and not negative")
+        if self.neighbour_capacity != "auto":
+            check(
+                0.0 < self.neighbour_capacity <= 1.0,
+                f"TrainConfig.neighbour_capacity={self.neighbour_capacity} must be above 0 and at most 1, or 'auto'",
+            )
         for name in ("valid_every", "valid_batches"):
             check(getattr(self, name) >= 0, f"TrainConfig.{name}={getattr(self, name)} must not be negative")
 

@@ -25,6 +25,7 @@ from retro_jax.model.layers import (
     project_out,
     rotate,
 )
+from retro_jax.model.packing import Readers
 from retro_jax.parallel.axes import SEQUENCE, axis_size
 from retro_jax.parallel.collectives import from_part_before, gathered_again, own_tokens
 
@@ -33,6 +34,7 @@ class Neighbours(NamedTuple):
     """What CCA reads: encoded neighbours, which of their tokens are valid, and which tokens of the row read at all.
 
     Where the devices along ``sequence`` hold parts of the rows, the first of the L chunks is the last one of the part before.
+    With ``readers`` the chunks are packed, as one row of L places, and so are the queries that read them.
     """
 
     encoded_BLKRD: jax.Array
@@ -40,6 +42,7 @@ class Neighbours(NamedTuple):
     reads_BT: jax.Array
     segments_BT: jax.Array
     first_chunk_len_B: jax.Array | None
+    readers: Readers | None = None
 
 
 class ChunkedCrossAttention(AttentionProjections):
@@ -78,6 +81,11 @@ class ChunkedCrossAttention(AttentionProjections):
             readers_XT = reader_positions(q_BTNH.shape[1], chunk_len, first_chunk_len)
             q_BTNH = rotate(q_BTNH, readers_XT, **rotary)
             k_XRGH = rotate(k_XRGH, jnp.arange(R, dtype=jnp.int32)[None, :], **rotary)
+        numbers_BTN = None if weights_noise is None else weights_noise.queries(q_BTNH.shape[2], shape.num_heads)
+        readers = neighbours.readers
+        if readers is not None:
+            q_BTNH, first_chunk_len = readers.pack(q_BTNH), 1
+            numbers_BTN = None if numbers_BTN is None else readers.pack(numbers_BTN)
         q_BTNH, k_XRGH, v_XRGH = name_operands("cca", q_BTNH, k_XRGH, v_XRGH)
         o_BTNH = chunked_cross_attention(
             q_BTNH,
@@ -89,9 +97,11 @@ class ChunkedCrossAttention(AttentionProjections):
             first_chunk_len=first_chunk_len,
             dropout=0.0 if weights_noise is None else shape.attention_dropout,
             dropout_key=None if weights_noise is None else weights_noise.key,
-            query_numbers_BTN=None if weights_noise is None else weights_noise.queries(q_BTNH.shape[2], shape.num_heads),
+            query_numbers_BTN=numbers_BTN,
             implementation=shape.implementation,
         )
+        if readers is not None:
+            o_BTNH = readers.unpack(o_BTNH)
         y_BTD = dropout(project_out(o_BTNH, self.out, part), shape.dropout, out_noise)
         gate = self.gate[...] if self.gate is not None else jnp.asarray(retro.gate, y_BTD.dtype)
         return where_kept(y_BTD * gate, own_tokens(neighbours.reads_BT)[:, :, None])

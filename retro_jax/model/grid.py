@@ -45,6 +45,13 @@ def reads(
     return readable & (jnp.take_along_axis(segments_BT, last_BT, axis=1) == segments_BT)
 
 
+def chunks_read(reads_BT: jax.Array, chunk_len: int) -> jax.Array:
+    """Which chunks of a row on the grid some token reads, bool [B, L], from which tokens read."""
+    B, T = reads_BT.shape
+    readers_BT = jnp.pad(reads_BT[:, chunk_len - 1 :], ((0, 0), (0, chunk_len - 1)))
+    return readers_BT.reshape(B, T // chunk_len, chunk_len).any(axis=2)
+
+
 def in_chunks(
     x_BTD: jax.Array, num_chunks: int, chunk_len: int, first_chunk_len_B: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:

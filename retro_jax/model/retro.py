@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,9 @@ from retro_jax.model.cca import Neighbours
 from retro_jax.model.decoder import DecoderLayer, Row, Stack, runs
 from retro_jax.model.division import encodes_own_chunks
 from retro_jax.model.encoder import NeighbourEncoder
-from retro_jax.model.grid import chunk_tokens, in_chunks, reads
+from retro_jax.model.grid import chunk_tokens, chunks_read, in_chunks, reads
 from retro_jax.model.layers import Embedding, Noise, NormLayer, dropout, normal, numbered, parts
+from retro_jax.model.packing import Places, places_of, readers_of
 from retro_jax.parallel.axes import SEQUENCE, TENSOR, axis_index, axis_size, batch_index
 from retro_jax.parallel.collectives import from_part_before, gather_row, gather_tokens, own_part, own_tokens
 from retro_jax.parallel.recompute import recomputed
@@ -57,6 +59,7 @@ class Retro(nnx.Module):
         retrieval: bool = True,
         dropout_key: jax.Array | None = None,
         row_numbers_B: jax.Array | None = None,
+        places: int | None = None,
     ) -> jax.Array:
         """Hidden states [B, T, D] from which the next token is predicted: logits = hidden @ output_table.T.
 
@@ -68,11 +71,14 @@ class Retro(nnx.Module):
             retrieval: False leaves the retrieval path out, as if every neighbour were absent.
             dropout_key: seeds dropout and neighbour dropout; None: neither.
             row_numbers_B: uint32, the rows' places in the batch, which with the key say what is dropped; None: in order.
+            places: the neighbours of so many chunks are encoded on this device, of those that some token reads
+                (:mod:`retro_jax.model.packing`); where these are more, the result is NaN. None: of all chunks.
 
         Raises:
-            ValueError: rows longer than the position table, or off the grid without ``first_chunk_len``.
+            ValueError: rows longer than the position table, or off the grid without ``first_chunk_len``, or with it and
+                ``places``.
         """
-        self._check(batch)
+        self._check(batch, places)
         batch = jax.tree.map(jnp.asarray, batch)
         if row_numbers_B is None:
             B = batch.tokens.shape[0]
@@ -85,7 +91,7 @@ class Retro(nnx.Module):
         neighbours = None
         for stack, noise in zip(self.decoder, noises[1:], strict=True):
             if active and neighbours is None and stack.group.layers[0].cca is not None:
-                x_BTD, neighbours = self._first_cca_layer(stack, x_BTD, row, batch, noise)
+                x_BTD, neighbours = self._first_cca_layer(stack, x_BTD, row, batch, noise, places)
             else:
                 x_BTD = stack(x_BTD, row, neighbours, noise)
         return x_BTD if self.final_norm is None else self.final_norm(x_BTD)
@@ -94,7 +100,7 @@ class Retro(nnx.Module):
         """The output layer's table [V, D], or this device's part of it: the embedding's where they are tied."""
         return (self.embedding if self.output is None else self.output).table[...]
 
-    def _check(self, batch: Batch) -> None:
+    def _check(self, batch: Batch, places: int | None) -> None:
         T, config = batch.tokens.shape[1], self.config
         L, K, R = batch.neighbours.shape[1:]
         length = T * axis_size(SEQUENCE)
@@ -108,9 +114,10 @@ class Retro(nnx.Module):
                 f"Batch has {T} tokens and neighbours of {L} chunks of ChunkConfig.chunk_len={chunks.chunk_len}; "
                 "give Batch.first_chunk_len, or cut rows on the grid"
             )
-        if batch.first_chunk_len is not None and axis_size(SEQUENCE) > 1:
+        if batch.first_chunk_len is not None and (axis_size(SEQUENCE) > 1 or places is not None):
             raise ValueError(
-                "rows with a first_chunk_len of their own cannot be divided along the mesh's axis sequence; set it to 1"
+                "rows with a first_chunk_len of their own cannot be divided along the mesh's axis sequence, nor their chunks "
+                "packed into places; set the axis to 1, and places to None"
             )
         if self.encoder is not None and self.encoder.position is not None and chunks.retrieved_len < R:
             raise ValueError(f"neighbours of {R} tokens do not fit ChunkConfig.retrieved_len={chunks.retrieved_len}; raise it")
@@ -120,7 +127,7 @@ class Retro(nnx.Module):
         return x_BTD if self.position is None else x_BTD + self.position(positions_BT)
 
     def _first_cca_layer(
-        self, stack: Stack, x_BTD: jax.Array, row: Row, batch: Batch, noise: Noise | None
+        self, stack: Stack, x_BTD: jax.Array, row: Row, batch: Batch, noise: Noise | None, places: int | None
     ) -> tuple[jax.Array, Neighbours]:
         """The layer whose normed states condition the encoder; returns the stream after it, and the encoded neighbours."""
         graph, state = nnx.split(stack.group)
@@ -128,27 +135,21 @@ class Retro(nnx.Module):
         assert layer.norm_cca is not None
         noises = parts(noise, 4)
         x_BTD = recomputed(layer.attend, layer.recompute)(x_BTD, row, noises[0])
-        neighbours = self._encode(layer.norm_cca(x_BTD), row, batch, noises[1])
+        neighbours = self._encode(layer.norm_cca(x_BTD), row, batch, noises[1], places)
         return recomputed(layer.finish, layer.recompute)(x_BTD, neighbours, noises[2:]), neighbours
 
-    def _encode(self, normed_BTD: jax.Array, row: Row, batch: Batch, noise: Noise | None) -> Neighbours:
+    def _encode(self, normed_BTD: jax.Array, row: Row, batch: Batch, noise: Noise | None, places: int | None) -> Neighbours:
         retro, encoder = self.config.retro, self.encoder
         assert retro is not None and encoder is not None
         L = batch.neighbours.shape[1]
         C = retro.chunks.chunk_len
-        alone = encodes_own_chunks(encoder, batch, normed_BTD)
+        alone = places is None and encodes_own_chunks(encoder, batch, normed_BTD)
         hide_noise, encoder_noise = parts(noise, 2)
-        chunk_numbers_BL = _places(row.numbers_B, L)
+        numbers_BL = _places(row.numbers_B, L)
         mask_BLKR = batch.neighbour_mask
         if retro.neighbour_dropout > 0.0 and hide_noise is not None:
-            shown_BL1 = kept(hide_noise.key, retro.neighbour_dropout, chunk_numbers_BL, 1)
+            shown_BL1 = kept(hide_noise.key, retro.neighbour_dropout, numbers_BL, 1)
             mask_BLKR = mask_BLKR & shown_BL1[:, :, :, None]
-        chunks_BLCD = None
-        if encoder.reads_chunks:
-            # A device's share of the tokens is its share of the chunks: where it encodes those, nothing is sent.
-            states_BTD, here = (normed_BTD, L // axis_size(TENSOR)) if alone else (gather_tokens(normed_BTD), L)
-            chunks_BLCD, _ = in_chunks(states_BTD, here, C, batch.first_chunk_len)
-        chunk_mask_BLC = chunk_tokens(batch.segments, L, C, batch.first_chunk_len, cross_document=retro.cross_document)
         reads_BT = reads(
             gather_row(batch.segments),
             gather_row(mask_BLKR.any((2, 3))),
@@ -156,24 +157,43 @@ class Retro(nnx.Module):
             first_chunk_len_B=batch.first_chunk_len,
             cross_document=retro.cross_document,
         )
-        own_numbers_BL, own_mask_BLKR = chunk_numbers_BL, mask_BLKR
+        chunks_BLCD = None
+        if encoder.reads_chunks:
+            # A device's share of the tokens is its share of the chunks: where it encodes those, nothing is sent.
+            states_BTD, here = (normed_BTD, L // axis_size(TENSOR)) if alone else (gather_tokens(normed_BTD), L)
+            chunks_BLCD, _ = in_chunks(states_BTD, here, C, batch.first_chunk_len)
+        chunk_mask_BLC = chunk_tokens(batch.segments, L, C, batch.first_chunk_len, cross_document=retro.cross_document)
+        attended_BLKR = mask_BLKR if retro.encoder.padding == "masked" else jnp.ones_like(mask_BLKR)
+        asked = (numbers_BL, mask_BLKR, chunk_mask_BLC)
+        packed: Places | None = None
+        neighbours_BLKR = batch.neighbours
         if alone:
-            own_numbers_BL, own_mask_BLKR, chunk_mask_BLC = map(own_tokens, (chunk_numbers_BL, mask_BLKR, chunk_mask_BLC))
+            asked = jax.tree.map(own_tokens, asked)
+        elif places is not None:
+            packed = places_of(own_part(chunks_read(reads_BT, C)), places)
+            pack = packed.pack
+            asked, neighbours_BLKR, chunks_BLCD, attended_BLKR = jax.tree.map(
+                pack, (asked, neighbours_BLKR, chunks_BLCD, attended_BLKR)
+            )
+        own_numbers_BL, own_mask_BLKR, own_chunk_mask_BLC = asked
         if encoder_noise is not None:
             encoder_noise = _neighbours_noise(encoder_noise.key, own_numbers_BL, own_mask_BLKR.shape, alone=alone)
         encoded_BLKRD = encoder(
-            self._embed_neighbours(batch.neighbours, alone=alone),
+            self._embed_neighbours(neighbours_BLKR, alone=alone),
             own_mask_BLKR,
             chunks_BLCD,
-            chunk_mask_BLC,
+            own_chunk_mask_BLC,
             encoder_noise,
             alone=alone,
         )
-        attended_BLKR = mask_BLKR if retro.encoder.padding == "masked" else jnp.ones_like(mask_BLKR)
+        if packed is not None:
+            encoded_BLKRD = jnp.where(packed.too_few, jnp.full_like(encoded_BLKRD, jnp.nan), encoded_BLKRD)
+        last_chunks = packed.last_chunks if packed is not None else _last_chunks
+        readers = None if packed is None else readers_of(packed, C, part_before=axis_size(SEQUENCE) > 1)
         if axis_size(SEQUENCE) > 1:
-            attended_BLKR = jnp.concatenate([from_part_before(attended_BLKR[:, -1:]), attended_BLKR], axis=1)
-        encoded_BLKRD = _for_all_heads(encoded_BLKRD, dim=1 if alone else 3)
-        return Neighbours(encoded_BLKRD, attended_BLKR, own_part(reads_BT), batch.segments, batch.first_chunk_len)
+            attended_BLKR = jnp.concatenate([from_part_before(last_chunks(attended_BLKR)), attended_BLKR], axis=1)
+        encoded_BLKRD = _for_all_heads(encoded_BLKRD, 1 if alone else 3, last_chunks)
+        return Neighbours(encoded_BLKRD, attended_BLKR, own_part(reads_BT), batch.segments, batch.first_chunk_len, readers)
 
     def _embed_neighbours(self, neighbours_BLKR: jax.Array, *, alone: bool) -> jax.Array:
         """This device's share of each neighbour's tokens, embedded, or ``alone`` its share of the chunks."""
@@ -189,7 +209,12 @@ class Retro(nnx.Module):
         return e_BLKRD
 
 
-def _for_all_heads(encoded_BLKRD: jax.Array, dim: int) -> jax.Array:
+def _last_chunks(x_BL: jax.Array) -> jax.Array:
+    """[B, 1, ...]: of each row's last chunk."""
+    return x_BL[:, -1:]
+
+
+def _for_all_heads(encoded_BLKRD: jax.Array, dim: int, last_chunks: Callable[[jax.Array], jax.Array]) -> jax.Array:
     """Whole encoded neighbours for this device's heads of all CCA layers, from the shares of ``dim`` that the devices along
     ``tensor`` have, (t - 1) / t * B * L * K * R * D numbers; in front of them those of the last chunk of the part before."""
     devices = axis_size(TENSOR)
@@ -197,10 +222,10 @@ def _for_all_heads(encoded_BLKRD: jax.Array, dim: int) -> jax.Array:
         return gather_tokens(encoded_BLKRD, dim)
     # One chunk, K * R * D / tensor numbers a row, to the next device: once for all CCA layers.
     if dim == 3:
-        before_B1KRD = from_part_before(encoded_BLKRD[:, -1:])
+        before_B1KRD = from_part_before(last_chunks(encoded_BLKRD))
         return gather_tokens(jnp.concatenate([before_B1KRD, encoded_BLKRD], axis=1), dim)
     encoded_BLKRD = gather_tokens(encoded_BLKRD, dim)
-    last_B1KRD = encoded_BLKRD[:, -1:]
+    last_B1KRD = last_chunks(encoded_BLKRD)
     if encoded_BLKRD.shape[3] % devices:
         before_B1KRD = from_part_before(last_B1KRD)  # all of it where the devices cannot share its tokens
     else:

@@ -29,6 +29,7 @@ from retro_jax.parallel.layout import Layout
 from retro_jax.planning.peak import ACTIVATIONS, COPY, GRADIENTS, PARAMETERS, WORKSPACE, peak_memory
 from retro_jax.planning.program import Collective, SavedBytes, collectives, product_flops, saved_inside
 from retro_jax.planning.target import Target
+from retro_jax.training.capacity import encoded_share, num_places
 from retro_jax.training.flops import train_flops
 from retro_jax.training.loss import weighted_loss
 from retro_jax.training.optimizer import is_trained, make_optimizer
@@ -125,7 +126,8 @@ def make_plan(config: Config, model: ModelConfig) -> Plan:
             "loss": _saved_by_loss(model, training, computing, part),
         },
         offloaded=saved.host,
-        model_flops=train_flops(model, rows=rows, seq_len=length, neighbours=neighbours) / config.mesh.devices,
+        model_flops=train_flops(model, rows=rows, seq_len=length, neighbours=neighbours, share=encoded_share(config))
+        / config.mesh.devices,
         hardware_flops=product_flops(program),
         exchanges=tuple(collectives(program)),
         encodes_own_chunks=_encodes_own_chunks(model, training, computing, part),
@@ -199,7 +201,8 @@ def _saved(model: ModelConfig, training: TrainConfig, layout: Layout, batch: Bat
     form, params = _computed_with(model, training, layout)
 
     def residuals(params: Tree, batch: Batch) -> list[jax.Array]:
-        forward = jax.vjp(lambda params: form.merge(params, {})(batch, dropout_key=jax.random.key(0)), params)
+        key, places = jax.random.key(0), num_places(training, *batch.neighbours.shape[:2])
+        forward = jax.vjp(lambda params: form.merge(params, {})(batch, dropout_key=key, places=places), params)
         return jax.tree.leaves(forward[1])
 
     return saved_inside(jax.make_jaxpr(layout.run(residuals, (form.specs(layout)[0], layout.batch), P()))(params, batch))
@@ -215,7 +218,9 @@ def _computed_with(model: ModelConfig, training: TrainConfig, layout: Layout) ->
 
 def _encodes_own_chunks(model: ModelConfig, training: TrainConfig, layout: Layout, batch: Batch) -> bool:
     """How the devices along ``tensor`` share the encoder."""
-    if layout.config.tensor == 1 or batch.neighbours.size == 0:
+    mesh, (rows, chunks) = layout.config, batch.neighbours.shape[:2]
+    packs = num_places(training, rows // (mesh.data * mesh.fsdp), chunks // mesh.sequence) is not None
+    if mesh.tensor == 1 or batch.neighbours.size == 0 or packs:
         return False
     form, params = _computed_with(model, training, layout)
     said = []

@@ -23,18 +23,19 @@ PEAK_BFLOAT16 = {
 }
 
 
-def train_flops(config: ModelConfig, *, rows: int, seq_len: int, neighbours: int) -> float:
+def train_flops(config: ModelConfig, *, rows: int, seq_len: int, neighbours: int, share: float = 1.0) -> float:
     """Operations of one training step: forward, and twice as many backward (PaLM, appendix B); recomputation is not counted.
 
     Args:
         rows: B.
         seq_len: T.
         neighbours: K, neighbours a chunk in the batch; 0 where it is read without.
+        share: of the chunks whose neighbours are encoded and read.
     """
-    return 3.0 * forward_flops(config, rows=rows, seq_len=seq_len, neighbours=neighbours)
+    return 3.0 * forward_flops(config, rows=rows, seq_len=seq_len, neighbours=neighbours, share=share)
 
 
-def forward_flops(config: ModelConfig, *, rows: int, seq_len: int, neighbours: int) -> float:
+def forward_flops(config: ModelConfig, *, rows: int, seq_len: int, neighbours: int, share: float = 1.0) -> float:
     """2 M N K for every matrix product of the forward pass; attention counts all T x T pairs, also those that the mask hides."""
     tokens, shape = rows * seq_len, BlockShape.of_decoder(config)
     assert config.vocab_size is not None
@@ -44,14 +45,14 @@ def forward_flops(config: ModelConfig, *, rows: int, seq_len: int, neighbours: i
         return total
     chunks = config.retro.chunks
     encoder, read = encoder_shape(config), neighbours * chunks.retrieved_len
-    neighbour_tokens = rows * (seq_len // chunks.chunk_len) * read
-    total += tokens * len(config.cca_layers) * (_query_and_out(shape) + _pairs(shape, read))
+    neighbour_tokens = share * rows * (seq_len // chunks.chunk_len) * read
+    total += tokens * len(config.cca_layers) * (_query_and_out(shape) + share * _pairs(shape, read))
     total += neighbour_tokens * len(config.cca_layers) * _key_value(shape, encoder.width)
     layers = config.retro.encoder.num_layers
     total += neighbour_tokens * layers * (_self_attention(encoder, chunks.retrieved_len) + _feed_forward(encoder))
     if layers > 0 and config.retro.encoder.conditioning == "decoder":
         total += neighbour_tokens * (_query_and_out(encoder) + _pairs(encoder, chunks.chunk_len))
-        total += tokens * _key_value(encoder, config.width)
+        total += share * tokens * _key_value(encoder, config.width)
     return total
 
 

@@ -19,6 +19,7 @@ from retro_jax.errors import UserError
 from retro_jax.parallel.layout import make_layout
 from retro_jax.parallel.processes import Agreement, are_several, is_first
 from retro_jax.progress import Bar, progress_bar
+from retro_jax.training.capacity import encoded_share, refuse_too_full
 from retro_jax.training.checkpoint import About, Checkpoints
 from retro_jax.training.flops import peak_flops, train_flops
 from retro_jax.training.interrupt import StopRequest, stop_requests
@@ -147,7 +148,8 @@ class _Loop:
         self.train_step: TrainStep = step.lower(self.state, self.place(self.next_batch[0])).compile()
         rows, T = self.job.config.data.batch_size, self.next_batch[0].tokens.shape[1]
         self.tokens = rows * T
-        self.flops = train_flops(self.job.model, rows=rows, seq_len=T, neighbours=self.next_batch[0].neighbours.shape[2])
+        neighbours, share = self.next_batch[0].neighbours.shape[2], encoded_share(self.job.config)
+        self.flops = train_flops(self.job.model, rows=rows, seq_len=T, neighbours=neighbours, share=share)
         peak = peak_flops(compute_dtype(self.config))
         self.peak = None if peak is None else peak * self.job.config.mesh.devices
         self.clock = time.perf_counter()
@@ -160,6 +162,7 @@ class _Loop:
         """All steps that are left."""
         while self.done < self.config.steps:
             batch, chunk_ids_BL = self.next_batch
+            refuse_too_full(self.job.config, batch, f"{self.job.name}: step {self.done + 1}")
             placed = self.place(batch)
             with jax.transfer_guard("disallow"):
                 self.state, metrics = self.train_step(self.state, placed)

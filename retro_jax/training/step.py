@@ -15,6 +15,7 @@ from retro_jax.config import TrainConfig
 from retro_jax.data.batch import Batch
 from retro_jax.parallel.axes import batch_index
 from retro_jax.parallel.layout import Layout
+from retro_jax.training.capacity import num_places
 from retro_jax.training.loss import loss_and_cross_entropy, token_losses
 from retro_jax.training.state import ModelForm, TrainState, Tree
 
@@ -45,7 +46,7 @@ def make_train_step(
     Args:
         form: the model's.
         optimizer: of its trained parameters.
-        config: precision, accumulation, seed, z-loss.
+        config: precision, accumulation, seed, z-loss, capacity.
         layout: of the devices that share the step; None: one does it alone. Gradients are summed over devices once a step.
             Where it gathers the parameters once, all parts compute with whole ones and sum whole gradients.
     """
@@ -59,7 +60,8 @@ def make_train_step(
     ) -> tuple[jax.Array, jax.Array]:
         """What is minimised, and what is reported."""
         model = form.merge(cast(params, dtype), cast(frozen, dtype))
-        hidden_BTD = model(batch, dropout_key=key, row_numbers_B=rows_B)
+        places = num_places(config, *batch.neighbours.shape[:2])
+        hidden_BTD = model(batch, dropout_key=key, row_numbers_B=rows_B, places=places)
         table_VD = form.merge(params, frozen).output_table_VD()  # float32: its gradient is summed over chunks in float32
         return losses(hidden_BTD, table_VD, batch.targets, weights_BT)
 

@@ -16,13 +16,14 @@ from retro_jax.data.held_out import HeldOutRows, held_out_batches, held_out_rows
 from retro_jax.data.joined_rows import JoinedRows
 from retro_jax.data.pipeline import ALL, training_batches
 from retro_jax.data.reader import RowReader, open_reader
-from retro_jax.data.training_rows import describe_rows, training_rows
+from retro_jax.data.training_rows import TrainingRows, describe_rows, training_rows
 from retro_jax.errors import UserError
 from retro_jax.kernels import triton_call
 from retro_jax.model import count_parameters, with_vocab
 from retro_jax.parallel.axes import AXES
 from retro_jax.parallel.layout import make_layout
 from retro_jax.parallel.processes import is_first
+from retro_jax.training.capacity import automatic_capacity, encoded_share
 from retro_jax.training.curves import draw_curves
 from retro_jax.training.loop import CHECKPOINTS, Job, ValidBatches, fit
 from retro_jax.training.optimizer import is_trained
@@ -32,6 +33,7 @@ from retro_jax.training.step import compute_dtype
 from retro_jax.training.twins import model_name, twin
 
 if TYPE_CHECKING:
+    from retro_jax.corpus.chunk_table import ChunkTable
     from retro_jax.prepare import Prepared
 
 MODELS = "models"
@@ -110,9 +112,9 @@ def train(
     """
     name = folder.name if name is None else name
     table, weights = prepared.tables["train"], config.corpus.weights
-    layout = make_layout(config.mesh)
+    layout, rows = make_layout(config.mesh), training_rows(table, config.data.seq_len, weights=weights)
     batches = training_batches(
-        training_rows(table, config.data.seq_len, weights=weights),
+        rows,
         _reader(config, prepared, model_config, "train"),
         config.data,
         weights=weights,
@@ -129,7 +131,7 @@ def train(
     read = ("tokens", "chunks", "neighbours") if _reads_neighbours(model_config) else ("tokens", "chunks")
     job = Job(
         name=name,
-        config=config,
+        config=_with_capacity(config, model_config, rows, table, name),
         model=model_config,
         folder=folder,
         config_text=config_text,
@@ -166,6 +168,19 @@ def validation_batches(config: Config, prepared: Prepared, model_config: ModelCo
 
 def _reader(config: Config, prepared: Prepared, model: ModelConfig, split: Split) -> RowReader:
     return open_reader(config, prepared, split, neighbours=_reads_neighbours(model))
+
+
+def _with_capacity(config: Config, model: ModelConfig, rows: TrainingRows, table: ChunkTable, name: str) -> Config:
+    """The config with ``TrainConfig.neighbour_capacity`` in numbers: 1 for a model without retrieval."""
+    capacity = config.training.neighbour_capacity
+    if not _reads_neighbours(model):
+        capacity = 1.0
+    elif capacity == "auto":
+        capacity = automatic_capacity(config, rows, table)
+    config = dataclasses.replace(config, training=dataclasses.replace(config.training, neighbour_capacity=capacity))
+    if (share := encoded_share(config)) < 1.0:
+        print(f"{name}: there are places for {share:.1%} of the chunks' neighbours, no token may read the others'", flush=True)
+    return config
 
 
 def _joined(config: Config, prepared: Prepared) -> JoinedRows | None:

@@ -76,9 +76,11 @@ class Step(NamedTuple):
     gradient: dict[str, np.ndarray]
 
 
-def step(model: ModelConfig, mesh: MeshConfig | None = None, *, accumulate: int = 1, trained: Trained = "all") -> Step:
+def step(
+    model: ModelConfig, mesh: MeshConfig | None = None, *, accumulate: int = 1, trained: Trained = "all", capacity: float = 1.0
+) -> Step:
     """One step on the mesh, or on one device."""
-    train = TrainConfig(accumulate=accumulate, precision="float32", loss_chunk=20)
+    train = TrainConfig(accumulate=accumulate, precision="float32", loss_chunk=20, neighbour_capacity=capacity)
     form, optimizer = prepared(model, trained)
     state, rows, layout = first_state(model, trained), batch(), None
     if mesh is not None:
