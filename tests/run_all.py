@@ -1,6 +1,7 @@
 """Run every test, slow ones too, two files at a time, and record the result in benchmarks/results/.
 
-A file that has passed is not run again until something in the repository changes, so a run that was interrupted continues.
+A file that has passed is not run again until something in the repository changes that it could depend on, so a run that was
+interrupted continues. Of other files of tests it depends on those that it imports.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -27,10 +29,10 @@ def main() -> int:
     os.chdir(REPOSITORY)
     interpreter = f"py{sys.version_info[0]}.{sys.version_info[1]}"
     result_path = REPOSITORY / "benchmarks" / "results" / f"test_all_{interpreter}.json"
-    source = source_digest()
-    earlier = json.loads(result_path.read_text()) if result_path.exists() else {}
-    files = earlier.get("files", {}) if earlier.get("source") == source else {}
     names = [str(path.relative_to(REPOSITORY)) for path in sorted((REPOSITORY / "tests").rglob("test_*.py"))]
+    sources = source_digests(names)
+    earlier = json.loads(result_path.read_text())["files"] if result_path.exists() else {}
+    files = {name: entry for name, entry in earlier.items() if entry.get("source") == sources.get(name)}
     waiting = []
     for name in names:
         if not failed(files.get(name)):
@@ -39,9 +41,9 @@ def main() -> int:
         waiting.append(name)
     with ThreadPoolExecutor(max_workers=JOBS) as executor:
         for done in as_completed({executor.submit(run, name, interpreter) for name in waiting}):
-            files |= done.result()
+            files |= {name: {**entry, "source": sources[name]} for name, entry in done.result().items()}
             result_path.parent.mkdir(parents=True, exist_ok=True)
-            result_path.write_text(json.dumps(result(source, files, names), indent=2) + "\n")
+            result_path.write_text(json.dumps(result(files, names), indent=2) + "\n")
     bad = [name for name in names if failed(files.get(name))]
     totals = {count: sum(files[name][count] for name in names) for count in COUNTS}
     passed = totals["tests"] - totals["failures"] - totals["errors"] - totals["skipped"]
@@ -73,7 +75,7 @@ def failed(entry: dict | None) -> bool:
     return entry is None or entry["exit_code"] != 0
 
 
-def result(source: str, files: dict, names: list[str]) -> dict:
+def result(files: dict, names: list[str]) -> dict:
     """What the JSON file holds."""
     entries = [files[name] for name in names if name in files]
     return {
@@ -81,7 +83,6 @@ def result(source: str, files: dict, names: list[str]) -> dict:
         "complete": len(entries) == len(names) and not any(map(failed, entries)),
         "seconds_of_all_files": round(sum(entry["seconds"] for entry in entries), 1),
         **{count: sum(entry[count] for entry in entries) for count in COUNTS},
-        "source": source,
         "commit": subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True).stdout.strip(),
         "python": platform.python_version(),
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
@@ -90,15 +91,33 @@ def result(source: str, files: dict, names: list[str]) -> dict:
     }
 
 
-def source_digest() -> str:
-    """Changes with every file of the repository except documents and results."""
+def source_digests(names: list[str]) -> dict[str, str]:
+    """For each file of tests what changes with it, with those that it imports, and with every other file of the repository except
+    documents and results."""
     listed = subprocess.run(["git", "ls-files", "-z", "-co", "--exclude-standard"], capture_output=True, check=True).stdout
-    digest = hashlib.sha256()
-    for name in sorted(listed.decode().split("\0")):
+    shared = hashlib.sha256()
+    for name in sorted(set(listed.decode().split("\0")) - {"", *names, "tests/run_all.py"}):
         path = REPOSITORY / name
-        if name and not name.startswith(("docs/", "benchmarks/")) and path.suffix != ".md" and path.is_file():
-            digest.update(name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
-    return digest.hexdigest()[:16]
+        if not name.startswith(("docs/", "benchmarks/")) and path.suffix != ".md" and path.is_file():
+            shared.update(name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
+    texts = {name: (REPOSITORY / name).read_text() for name in names}
+    digests = {}
+    for name in names:
+        digest = shared.copy()
+        for read in sorted(imported(name, texts)):
+            digest.update(texts[read].encode())
+        digests[name] = digest.hexdigest()[:16]
+    return digests
+
+
+def imported(name: str, texts: dict[str, str]) -> set[str]:
+    """A file of tests, and those that it imports, by way of others too."""
+    found, left = set[str](), [name]
+    while left:
+        found.add(name := left.pop())
+        modules = re.findall(r"^from (tests[.\w]*\.test_\w+) import", texts[name], re.MULTILINE)
+        left += [path for module in modules if (path := module.replace(".", "/") + ".py") not in found]
+    return found
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ Harm = Callable[[Path, random.Random], None]
 
 def plant_in_a_file(data: Path, harm: Harm, rng: random.Random) -> str:
     """Harm a file of any artefact, manifests too; returns its stage."""
-    files = sorted(path for path in data.glob("*/*") if path.is_file() and path.stat().st_size)
+    files = sorted(path for path in data.glob("*/*") if path.is_file() and any(path.read_bytes()))
     path = rng.choice(files)
     harm(path, rng)
     return path.parent.name
