@@ -179,7 +179,7 @@ def _with_capacity(config: Config, model: ModelConfig, rows: TrainingRows, table
         capacity = automatic_capacity(config, rows, table)
     config = dataclasses.replace(config, training=dataclasses.replace(config.training, neighbour_capacity=capacity))
     if (share := encoded_share(config)) < 1.0:
-        print(f"{name}: there are places for {share:.1%} of the chunks' neighbours, no token may read the others'", flush=True)
+        print(f"{name}: of a device's chunks at most {share:.1%} have their neighbours encoded, those that are read", flush=True)
     return config
 
 
