@@ -36,7 +36,7 @@ from retro_jax.training.optimizer import is_trained, make_optimizer
 from retro_jax.training.state import ModelForm, TrainState, Tree, abstract_state, divided_params, model_form
 from retro_jax.training.step import TrainStep, make_train_step
 
-# XLA packs temporary arrays into one allocation that is larger than what they take together, by up to 29% in the programs of
+# XLA packs temporary arrays into one allocation that is larger than what they take together, by up to 36% in the programs of
 # benchmarks/results/compiled_memory.json.
 PACKING = 0.15
 
