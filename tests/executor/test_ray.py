@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -39,7 +40,7 @@ def address() -> Iterator[str]:
         pytest.skip("ray is not installed")
     from ray.cluster_utils import Cluster
 
-    before = os.environ.get("PYTHONPATH")
+    before, on_sigterm = os.environ.get("PYTHONPATH"), signal.getsignal(signal.SIGTERM)
     os.environ["PYTHONPATH"] = str(REPOSITORY)  # what the cluster's processes import
     cluster = Cluster(
         initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False, "object_store_memory": 80 * 2**20}
@@ -48,6 +49,7 @@ def address() -> Iterator[str]:
         del os.environ["PYTHONPATH"]
     else:
         os.environ["PYTHONPATH"] = before
+    signal.signal(signal.SIGTERM, on_sigterm)  # the cluster took it
     yield cluster.address
     import ray
 
@@ -98,6 +100,16 @@ def test_a_build_with_a_killed_worker_equals_the_local_one(
         found = build(corpus, tmp_path / "ray", replace(config, executor=executor))
     assert killed and "its Ray actor is gone" in capsys.readouterr().err
     assert found == build(corpus, tmp_path / "local", replace(config, workers=1))
+
+
+def test_sigterm_is_left_as_it_was(executor: ExecutorConfig, tmp_path: Path) -> None:
+    """Ray takes it for itself when a process joins a cluster; a training loop that follows would end with Ray's exit code."""
+    import ray
+
+    ray.shutdown()
+    before = signal.getsignal(signal.SIGTERM)
+    run(tmp_path / "a", numbers, executor)
+    assert ray.is_initialized() and signal.getsignal(signal.SIGTERM) == before
 
 
 def test_a_killed_actor_is_replaced(executor: ExecutorConfig, tmp_path: Path) -> None:
