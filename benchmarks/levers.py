@@ -36,7 +36,7 @@ from retro_jax.data.training_rows import TrainingRows, training_rows
 from retro_jax.gin_config import load_config
 from retro_jax.model import with_vocab
 from retro_jax.prepare import Prepared, prepare
-from retro_jax.training.capacity import automatic_capacity
+from retro_jax.training.capacity import automatic_capacity, encoded_share
 
 RESULTS = Path(__file__).parent / "results" / "levers.json"
 BATCHES, ROWS = 50, 8
@@ -63,7 +63,7 @@ def main() -> None:
     for name, found in result["runs"].items():
         print(
             f"{name}: {found['unread']:.1%} of the neighbours are not read, {found['absent']:.1%} absent; with places for "
-            f"{found['capacity']:.1%} a step takes {found['packed_over_all']['median']:.3f} of its time; "
+            f"{found['places']:.1%} a step takes {found['packed_over_all']['median']:.3f} of its time; "
             f"{found['repeated']:.1%} repeat one of the batch"
         )
     for name, ratio in result["joined_over_apart"].items():
@@ -100,17 +100,20 @@ def batch_shares(run: Path) -> dict[str, float]:
 
 
 def packed_step(run: Path, rounds: int) -> dict[str, Any]:
-    """The automatic capacity, and CPU time of a step with it over that of one with places for all chunks."""
+    """The share of the chunks that have places by the automatic capacity, and CPU time of a step with it over that of one with
+    places for all."""
     config, rows, prepared, batches = opened(run)
     batch = next(batches)[0]
     batches.close()
     retro = dataclasses.replace(RETRO.retro, chunks=config.chunks)
     model = with_vocab(dataclasses.replace(RETRO, vocab_size=None, retro=retro), prepared.tokenizer.vocab_size)
-    capacity = automatic_capacity(dataclasses.replace(config, model=model), rows, prepared.tables["train"])
+    config = dataclasses.replace(config, model=model)
+    capacity = automatic_capacity(config, rows, prepared.tables["train"])
     trains = {"packed": TrainConfig(precision="float32", neighbour_capacity=capacity), "all": TrainConfig(precision="float32")}
+    places = encoded_share(dataclasses.replace(config, training=trains["packed"]))
     sides = {name: Timed(stepper(model, batch, train)) for name, train in trains.items()}
     interleave(sides, rounds)
-    return {"capacity": capacity, "packed_over_all": spread(np.array(sides["packed"].cpu) / np.array(sides["all"].cpu))}
+    return {"places": places, "packed_over_all": spread(np.array(sides["packed"].cpu) / np.array(sides["all"].cpu))}
 
 
 def joined_products(rounds: int) -> dict[str, dict]:
