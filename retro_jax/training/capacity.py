@@ -7,7 +7,6 @@ packed into them (:mod:`retro_jax.model.packing`).
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import numpy as np
@@ -47,8 +46,7 @@ def automatic_capacity(config: Config, rows: TrainingRows, table: ChunkTable) ->
     if retro is None or retro.cross_document:
         return 1.0  # the next document reads what its document ends in
     numbers = row_numbers(rows, config.data.seed, config.corpus.weights)
-    sample = np.fromiter(itertools.islice((numbers[i] for i in itertools.count()), SAMPLED_ROWS), np.int64)
-    ids_NL = rows.chunk_ids(sample)
+    ids_NL = rows.chunk_ids(np.array([numbers[i] for i in range(SAMPLED_ROWS)]))
     read_NL = (ids_NL >= 0) & (np.asarray(table.remaining_N)[np.maximum(ids_NL, 0)] >= table.chunk_len)
     rows_of_part, chunks_of_part = part_of_device(config)
     read_P = read_NL.reshape(-1, chunks_of_part).sum(axis=1)

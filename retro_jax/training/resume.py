@@ -14,10 +14,8 @@ from retro_jax.training.checkpoint import About
 
 # How the same numbers are computed or read: these may differ between two parts of a run.
 FREE = {("ModelConfig", name) for name in ("implementation", "recompute", "recompute_names")} | {("EncoderConfig", "division")}
-FREE |= {("DataConfig", name) for name in ("rows", "workers", "prefetch")} | {
-    ("TrainConfig", "steps"),
-    ("TrainConfig", "neighbour_capacity"),
-}
+FREE |= {("DataConfig", name) for name in ("rows", "workers", "prefetch")}
+FREE |= {("TrainConfig", name) for name in ("steps", "neighbour_capacity")}
 FREE |= {("TrainConfig", name) for name in ("baselines", "log_every", "checkpoint_every", "keep", "valid_every", "valid_batches")}
 TOLD = ("optimizer", "training")
 
