@@ -22,6 +22,7 @@ from retro_jax.config.data import (
     Split,
     TokenizerConfig,
 )
+from retro_jax.config.evaluation import QaConfig, QaMode, TextQualityConfig
 from retro_jax.config.executor import ExecutorConfig
 from retro_jax.config.mesh import MeshConfig
 from retro_jax.config.model import Activation, EncoderConfig, Implementation, ModelConfig, Norm, Positions, RetroConfig
@@ -50,11 +51,14 @@ __all__ = [
     "OptimizerConfig",
     "Part",
     "Positions",
+    "QaConfig",
+    "QaMode",
     "Recompute",
     "RecomputePolicy",
     "RetrievalConfig",
     "RetroConfig",
     "Split",
+    "TextQualityConfig",
     "TokenizerConfig",
     "TrainConfig",
     "Trained",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from retro_jax.config.checks import check
 from retro_jax.config.data import ChunkConfig, CorpusConfig, DataConfig, RetrievalConfig, TokenizerConfig
+from retro_jax.config.evaluation import QaConfig, TextQualityConfig
 from retro_jax.config.mesh import MeshConfig
 from retro_jax.config.model import ModelConfig
 from retro_jax.config.training import EvalConfig, OptimizerConfig, TrainConfig
@@ -27,6 +28,8 @@ class Config:
     training: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
+    qa: QaConfig = field(default_factory=QaConfig)
+    text_quality: TextQualityConfig = field(default_factory=TextQualityConfig)
 
     def __post_init__(self) -> None:
         m = self.chunks.chunk_len

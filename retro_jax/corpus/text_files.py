@@ -39,22 +39,27 @@ def read_file(path: Path, group: str, text_field: str) -> Iterator[Document]:
         elif suffix == ".parquet":
             yield from _read_parquet(path, group, text_field)
         else:
-            yield from _read_json_lines(path, group, text_field)
+            yield from (_document(fields, group, text_field, where) for where, fields in read_json_lines(path))
     except OSError as error:
         raise BadInput(f"cannot read {path} ({error.strerror or error}); check the file") from error
 
 
-def _read_json_lines(path: Path, group: str, text_field: str) -> Iterator[Document]:
+def read_json_lines(path: Path) -> Iterator[tuple[str, object]]:
+    """What each line of a ``.jsonl`` file says, plain or compressed, with where it stands ("items.jsonl line 17"), streamed.
+
+    Raises:
+        UserError: a line is not UTF-8 or not JSON, or the archive is damaged.
+        OSError: the file cannot be read.
+    """
     for number, line in enumerate(_lines(path), 1):
         if not line.strip():
             continue
         where = f"{path} line {number}"
         text = _decode(line, path, number)
         try:
-            fields = json.loads(text)
+            yield where, json.loads(text)
         except (ValueError, RecursionError) as error:
             raise BadInput(f"{where} is not JSON ({error}); write one JSON object a line, or repair it") from None
-        yield _document(fields, group, text_field, where)
 
 
 def _document(fields: object, group: str, text_field: str, where: str) -> Document:
