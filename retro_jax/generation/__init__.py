@@ -1,0 +1,1 @@
+"""Completions of prompts: prefill, decoding with a key/value cache, sampling, retrieval in the loop."""
