@@ -20,7 +20,6 @@ from retro_jax.model.layers import (
     gathered,
     parameter,
     parts,
-    product,
     project_in,
     project_out,
     rotate,
@@ -108,13 +107,10 @@ class ChunkedCrossAttention(AttentionProjections):
 
     def _keys_and_values(self, e_BLKRD: jax.Array) -> tuple[jax.Array, jax.Array]:
         if self.key_conv is None:
-            kv = self.project_keys_and_values(e_BLKRD)
-            return kv[..., 0, :, :], kv[..., 1, :, :]
-        weight, bias = self.key_value_arrays()
+            return self.project_keys_and_values(e_BLKRD)
         e_XRD = e_BLKRD.reshape(-1, *e_BLKRD.shape[3:])
         mixed = causal_convolution(e_XRD, gathered(self.key_conv), jnp.zeros_like(e_XRD[:, :1]), None)
-        k, v = product(mixed, weight[:, 0]), product(e_XRD, weight[:, 1])
-        return (k, v) if bias is None else (k + bias[None, None, 0], v + bias[None, None, 1])
+        return self.project_keys_and_values(e_BLKRD, mixed.reshape(e_BLKRD.shape))
 
     def _mix_queries(self, x_BTD: jax.Array, segments_BT: jax.Array) -> jax.Array:
         if self.query_conv is None:
