@@ -23,6 +23,7 @@ from retro_jax.config.data import (
     TokenizerConfig,
 )
 from retro_jax.config.executor import ExecutorConfig
+from retro_jax.config.generation import GenerateConfig, GridMode, RetrievalMode
 from retro_jax.config.mesh import MeshConfig
 from retro_jax.config.model import Activation, EncoderConfig, Implementation, ModelConfig, Norm, Positions, RetroConfig
 from retro_jax.config.recompute import Part, Recompute, RecomputePolicy
@@ -42,6 +43,8 @@ __all__ = [
     "EncoderConfig",
     "EvalConfig",
     "ExecutorConfig",
+    "GenerateConfig",
+    "GridMode",
     "Implementation",
     "MeshConfig",
     "Metric",
@@ -53,6 +56,7 @@ __all__ = [
     "Recompute",
     "RecomputePolicy",
     "RetrievalConfig",
+    "RetrievalMode",
     "RetroConfig",
     "Split",
     "TokenizerConfig",
