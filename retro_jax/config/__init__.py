@@ -24,6 +24,7 @@ from retro_jax.config.data import (
 )
 from retro_jax.config.evaluation import QaConfig, QaMode, TextQualityConfig
 from retro_jax.config.executor import ExecutorConfig
+from retro_jax.config.generation import GenerateConfig, GridMode, RetrievalMode
 from retro_jax.config.mesh import MeshConfig
 from retro_jax.config.model import Activation, EncoderConfig, Implementation, ModelConfig, Norm, Positions, RetroConfig
 from retro_jax.config.recompute import Part, Recompute, RecomputePolicy
@@ -43,6 +44,8 @@ __all__ = [
     "EncoderConfig",
     "EvalConfig",
     "ExecutorConfig",
+    "GenerateConfig",
+    "GridMode",
     "Implementation",
     "MeshConfig",
     "Metric",
@@ -56,6 +59,7 @@ __all__ = [
     "Recompute",
     "RecomputePolicy",
     "RetrievalConfig",
+    "RetrievalMode",
     "RetroConfig",
     "Split",
     "TextQualityConfig",

@@ -146,18 +146,31 @@ class SelfAttention(AttentionProjections):
             in_parts: the devices along ``sequence`` hold parts of the rows: keys and values of whole rows are gathered, and S
                 counts the whole row's tokens.
         """
+        q_XTNH, k_XTGH, v_XTGH = self.project(x_XTD, positions_XT)
+        if in_parts:
+            k_XTGH, v_XTGH = gather_row(k_XTGH), gather_row(v_XTGH)
+        return self.read(q_XTNH, k_XTGH, v_XTGH, mask, noise)
+
+    def project(self, x_XTD: jax.Array, positions_XT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries [X, T, N, H], keys and values [X, T, G, H] of tokens at these positions (X may be 1: the same in all rows)."""
         shape = self.shape
         part = shape.recompute.part("attention", alone=self.alone)
         q_XTNH, (k_XTGH, v_XTGH) = project_in(x_XTD, self.query, self.project_keys_and_values, part=part)
         if shape.positions == "rotary":
             rotary = {"fraction": shape.rotary_fraction, "base": shape.rotary_base, "scale": shape.rotary_scale}
             q_XTNH, k_XTGH = rotate(q_XTNH, positions_XT, **rotary), rotate(k_XTGH, positions_XT, **rotary)
-        q_XTNH, k_XTGH, v_XTGH = name_operands("attention", q_XTNH, k_XTGH, v_XTGH)
-        if in_parts:
-            k_XTGH, v_XTGH = gather_row(k_XTGH), gather_row(v_XTGH)
+        return name_operands("attention", q_XTNH, k_XTGH, v_XTGH)
+
+    def read(
+        self, q_XQNH: jax.Array, k_XSGH: jax.Array, v_XSGH: jax.Array, mask: Mask | None, noise: Noise | None = None
+    ) -> jax.Array:
+        """What queries add to the stream, from keys and values of the same tokens or of others (a cache)."""
+        shape = self.shape
         weights_noise, out_noise = parts(noise, 2)
-        o_XTNH = attend(q_XTNH, k_XTGH, v_XTGH, mask, shape, weights_noise)
-        return dropout(project_out(o_XTNH, self.out, part), shape.dropout, out_noise)
+        o_XQNH = attend(q_XQNH, k_XSGH, v_XSGH, mask, shape, weights_noise)
+        return dropout(
+            project_out(o_XQNH, self.out, shape.recompute.part("attention", alone=self.alone)), shape.dropout, out_noise
+        )
 
 
 class CrossAttention(AttentionProjections):
