@@ -12,12 +12,17 @@ def main() -> int:
     parser = argument_parser(
         "python eval.py",
         "perplexity: the trained models of a workdir by loss, perplexity and bits per byte of whole held-out documents, with "
-        "retrieval on, off and shuffled, and by overlap with the training text. retrieval: how often the passage that answers a "
-        "question of EvalConfig.questions is among the nearest; no model is needed.",
+        "retrieval on, off and shuffled, and by overlap with the training text. qa: answers to QaConfig.questions, closed book "
+        "or with passages in the prompt, in the encoder, or in both. text-quality: repetition and variety of sampled texts. "
+        "retrieval: how often the passage that answers a question of EvalConfig.questions is among the nearest, without a model.",
         "python eval.py --config quickstart --workdir runs/quickstart --task perplexity --set EvalConfig.split=valid",
     )
-    tasks = ("perplexity", "retrieval")
-    parser.add_argument("--task", choices=tasks, default="perplexity", help="what to measure (default: perplexity)")
+    parser.add_argument(
+        "--task",
+        choices=("perplexity", "qa", "text-quality", "retrieval"),
+        default="perplexity",
+        help="what to measure (default: perplexity)",
+    )
     parser.add_argument(
         "--checkpoint", default="latest", metavar="latest|best|STEP", help="which checkpoint of each model (default: latest)"
     )
@@ -27,26 +32,30 @@ def main() -> int:
 
 def execute(run: Run, arguments: argparse.Namespace) -> None:
     """Build what data are missing, load the models, evaluate, print and write."""
-    {"perplexity": perplexity, "retrieval": retrieval}[arguments.task](run, arguments)
+    retrieval(run) if arguments.task == "retrieval" else of_models(run, arguments)
     print(f"written to {run.workdir}/evaluation")
 
 
-def perplexity(run: Run, arguments: argparse.Namespace) -> None:
+def of_models(run: Run, arguments: argparse.Namespace) -> None:
     """Of trained models."""
     if not run.workdir.is_dir():
         raise UserError(f"--workdir {run.workdir} is not there; train first: python train.py --config {arguments.config}")
     # JAX and what else takes seconds to import comes after the arguments are checked.
-    from retro_jax.evaluation.trained import evaluate_trained
+    from retro_jax.evaluation.trained import assess_trained, evaluate_trained, examine_trained
     from retro_jax.host_memory import keep_freed_memory
     from retro_jax.prepare import prepare
 
     refuse_other_config(run)
     keep_freed_memory()
     prepared = prepare(run.config, run.data_dir, join=False)
-    evaluate_trained(run.config, prepared, run.workdir, report_console(), arguments.checkpoint)
+    if arguments.task == "perplexity":
+        evaluate_trained(run.config, prepared, run.workdir, report_console(), arguments.checkpoint)
+    else:
+        task = {"qa": examine_trained, "text-quality": assess_trained}[arguments.task]
+        task(run.config, prepared, run.data_dir, run.workdir, report_console(), arguments.checkpoint)
 
 
-def retrieval(run: Run, arguments: argparse.Namespace) -> None:
+def retrieval(run: Run) -> None:
     """Of the database, which is built where it is missing, without neighbours."""
     from retro_jax.evaluation.retrieval import evaluate_retrieval, print_recall, read_questions
     from retro_jax.prepare import prepare_database

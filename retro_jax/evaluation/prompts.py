@@ -43,7 +43,7 @@ class Asker:
         return Prompt(text=text, passages=encoded, seed=seed)
 
     def _passage(self, passage: Passage) -> str:
-        return self.template.passage.format(title=passage.title, text=passage.text).strip()
+        return self.template.passage.format(title=passage.title, text=passage.text).strip("\n")
 
     def _text(self, question: Question, passages: str) -> str:
         if question.asked:

@@ -44,11 +44,10 @@ class Evidence(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Answering:
-    """A model to ask. ``answerer`` completes prompts whose passages its encoder reads, where ``reads_passages``; ``fingerprint``
-    tells its parameters and how it computes from others."""
+    """A model to ask. ``answerer`` by mode; "retro" and "retro++" are missing where it has no encoder to read passages.
+    ``fingerprint`` tells its parameters and all else that decides its answers."""
 
-    answerer: Answerer
-    reads_passages: bool
+    answerers: Mapping[QaMode, Answerer]
     fingerprint: str
 
 
@@ -122,7 +121,7 @@ def evaluate_qa(
         rows = {}
         for model, answering in models.items():
             for mode in config.modes:
-                if mode in ("closed", "rag") or answering.reads_passages:
+                if mode in answering.answerers:
                     answers = _answers(config, examination, f"{model} {mode}", mode, answering, asker, folder / "qa")
                     rows[f"{model} {mode}"] = _figures(config, examination.questions, answers)
         result = _result(config, examination, rows, facts)
@@ -170,7 +169,7 @@ def _answers(
     ]
     settings = {"model": answering.fingerprint, "max_new_tokens": config.max_new_tokens, "stop": list(asker.template.stop)}
     name = f"{examination.name}-{row.replace(' ', '-').replace('+', 'p')}"
-    return completed(folder, name, settings, prompts, answering.answerer)
+    return completed(folder, name, settings, prompts, answering.answerers[mode])
 
 
 def _figures(config: QaConfig, questions: Sequence[Question], answers: Sequence[Completion]) -> dict:

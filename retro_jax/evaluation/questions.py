@@ -102,17 +102,18 @@ def _question(fields: object, where: str, ids: PassageIds) -> Question:
         return _choice(fields, where, number)
     if "continuation" in fields:
         text, answers = fields.get("context"), (fields["continuation"],)
-        passages: tuple[Passage, ...] = ()
+        fields = {name: value for name, value in fields.items() if name != "context"}
     else:
         text, answers = fields.get("question"), _answers(fields)
-        passages = _passages(fields, where, ids)
+    passages = _passages(fields, where, ids)
     if not isinstance(text, str) or not text.strip():
         raise UserError(f"{where} has no question; give it the field question, a text")
     if not answers or not all(isinstance(answer, str) and answer.strip() for answer in answers):
         raise UserError(f"{where} has no answers; give it the field answers, a list of texts")
     choices = YES_NO if isinstance(fields.get("answer"), bool) else ()
     asked = "continuation" in fields
-    return Question(id=number, text=text.strip(), answers=tuple(answers), passages=passages, choices=choices, asked=asked)
+    text = text if asked else text.strip()
+    return Question(id=number, text=text, answers=tuple(answers), passages=passages, choices=choices, asked=asked)
 
 
 def _choice(fields: Mapping, where: str, number: str) -> Question:

@@ -10,12 +10,14 @@ from pathlib import Path
 from retro_jax.errors import UserError
 
 OWN = Path(__file__).with_name("templates.toml")
+# Of each field the places that it must have; a passage may have its title too.
 PLACES = {
-    "passage": {"title", "text"},
+    "passage": {"text"},
     "separator": set[str](),
     "question": {"question"},
     "with_passages": {"passages", "question"},
 }
+MAY_HAVE = {"passage": {"title"}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,19 +49,20 @@ def load_template(name: str, path: str | None) -> Template:
     for field in fields(Template):
         if field.name not in given:
             raise UserError(f"the template {name!r} in {file} has no {field.name}; {OWN} says what it is")
-    for field_name, allowed in PLACES.items():
-        _check_places(f"{field_name} of the template {name!r} in {file}", str(given[field_name]), allowed)
+    for field_name in PLACES:
+        _check_places(field_name, str(given[field_name]), f"{field_name} of the template {name!r} in {file}")
     stop = given["stop"]
     if not isinstance(stop, list) or not all(isinstance(one, str) and one for one in stop):
         raise UserError(f"stop of the template {name!r} in {file} is {stop!r}; give a list of texts, none of them empty")
     return Template(**{key: str(given[key]) for key in PLACES}, stop=tuple(stop))
 
 
-def _check_places(what: str, text: str, allowed: set[str]) -> None:
+def _check_places(field_name: str, text: str, what: str) -> None:
     try:
         places = {place for _, place, _, _ in string.Formatter().parse(text) if place is not None}
     except ValueError as error:
         raise UserError(f"{what} cannot be read ({error}); write {{{{ and }}}} for braces") from None
-    if places != allowed:
-        wanted = ", ".join(f"{{{place}}}" for place in sorted(allowed)) or "none"
+    needed = PLACES[field_name]
+    if not needed <= places <= needed | MAY_HAVE.get(field_name, set()):
+        wanted = ", ".join(f"{{{place}}}" for place in sorted(needed)) or "none"
         raise UserError(f"{what} has the places {sorted(places)}; it needs {wanted}")

@@ -10,11 +10,12 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
 
-from retro_jax.config import QaConfig
+from retro_jax.config import QaConfig, QaMode
 from retro_jax.corpus.tokenizer import Tokenizer
 from retro_jax.errors import UserError
 from retro_jax.evaluation.outputs import OUTPUTS, completed
@@ -103,7 +104,7 @@ def test_the_package_s_templates(name: str) -> None:
             r"question of the template 'mine' .* has the places \['q'\]; it needs {question}",
         ),
         (
-            "[mine]\npassage='{title}{text}'\nseparator=' '\nquestion='{question}'\nwith_passages='{passages}{question}'\nstop=['']",
+            "[mine]\npassage='{title}{text}'\nseparator=''\nquestion='{question}'\nwith_passages='{passages}{question}'\nstop=['']",
             "stop of the template 'mine'",
         ),
     ],
@@ -120,7 +121,7 @@ def questions_file(folder: Path, count: int = 12) -> str:
             "id": f"{n}",
             "question": f"what is {n}?",
             "answers": [f"number {n}"],
-            "ctxs": [{"title": "T", "text": f"number {n % 9}"}],
+            "ctxs": [f"number {n % 9}"],
         }
         for n in range(count)
     ]
@@ -131,8 +132,8 @@ def questions_file(folder: Path, count: int = 12) -> str:
 def evaluated(folder: Path, answerer=parrot, **settings: object) -> dict:
     config = QaConfig(questions=(questions_file(folder),), template="papers", **settings)  # type: ignore[arg-type]
     models = {
-        "retro": Answering(answerer=answerer, reads_passages=True, fingerprint="r"),
-        "gpt": Answering(answerer=answerer, reads_passages=False, fingerprint="g"),
+        "retro": Answering(answerers=dict.fromkeys(get_args(QaMode), answerer), fingerprint="r"),
+        "gpt": Answering(answerers={"closed": answerer, "rag": answerer}, fingerprint="g"),
     }
     (result,) = evaluate_qa(config, read_examinations(config, None), models, asker(), folder / "evaluation", {"steps": 1})
     return result
@@ -165,7 +166,7 @@ def test_choices_are_judged_by_accuracy(tmp_path: Path) -> None:
         for number, _ in enumerate(prompts):
             yield Completion(text=" Yes!" if number else "Hm", tokens=(1,), log_probabilities=(0.0,), finish="stop")
 
-    models = {"gpt": Answering(answerer=says_yes, reads_passages=False, fingerprint="g")}
+    models = {"gpt": Answering(answerers={"closed": says_yes}, fingerprint="g")}
     (result,) = evaluate_qa(config, read_examinations(config, None), models, asker(), tmp_path, {})
     figures = result["figures"]["gpt closed"]
     assert (figures["accuracy"]["value"], figures["undecided"]["value"]) == (0.5, 0.1) and "f1" not in figures

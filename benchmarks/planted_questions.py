@@ -1,0 +1,171 @@
+"""Questions that only passages can answer, asked in every mode: closed book, passages in the prompt (RAG), in the encoder
+(RETRO), the best in the prompt and the rest in the encoder (RETRO++).
+
+Documents are random words on the chunk grid. A pair of chunks repeats a pair of another document, which retrieval finds, or one
+that stands earlier in the same document; so a model learns to copy what followed, from its neighbours and from its own context. A
+question is the first chunk of a pair that stands in one training document alone, its answer the first words of the second; it
+comes with the passage that has both and with another one, in random order. No model can know the answer without its passage.
+
+For each seed a Retro of two layers is trained and asked through the code of `python eval.py --task qa`.
+
+    python -m benchmarks.planted_questions [--seeds 0 1 2] [--steps 1500]
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from benchmarks.timing import cpu_name
+from retro_jax.config import (
+    ChunkConfig,
+    Config,
+    CorpusConfig,
+    DataConfig,
+    EncoderConfig,
+    EvalConfig,
+    ModelConfig,
+    OptimizerConfig,
+    QaConfig,
+    RetrievalConfig,
+    RetroConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
+from retro_jax.evaluation.trained import examine_trained
+from retro_jax.prepare import prepare
+from retro_jax.training.train import train_all
+
+WORDS, CHUNK, CHUNKS, ANSWER = 256, 16, 8, 4
+TEMPLATE = (
+    '[bare]\npassage = "{text}"\nseparator = ""\nquestion = "{question}"\nwith_passages = "{passages}{question}"\nstop = []\n'
+)
+RESULTS = Path(__file__).parent / "results" / "planted_questions.json"
+
+
+def main() -> None:
+    """Train and ask for each seed, print tables, write JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--documents", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--questions", type=int, default=200)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    given = parser.parse_args()
+    seeds = {}
+    for seed in given.seeds:
+        with tempfile.TemporaryDirectory() as folder:
+            seeds[str(seed)] = asked(Path(folder), seed, given.documents, given.steps, given.questions)
+    result = {
+        "what": "exact match of planted questions by mode; every seed its own corpus, model and questions",
+        "machine": cpu_name(),
+        "documents": given.documents,
+        "steps": given.steps,
+        "questions": given.questions,
+        "seeds": seeds,
+    }
+    given.output.write_text(json.dumps(result, indent=2) + "\n")
+
+
+def asked(folder: Path, seed: int, documents: int, steps: int, questions: int) -> dict[str, dict[str, float]]:
+    """Train one model in ``folder`` and ask it; exact match by mode, with its interval."""
+    words_DLC, sources = planted_documents(documents, seed)
+    config = planted_config(folder, [spoken(words.reshape(-1)) for words in words_DLC], seed, steps)
+    write_questions(folder / "planted.jsonl", words_DLC, sources, questions, seed)
+    (folder / "templates.toml").write_text(TEMPLATE)
+    prepared = prepare(config, folder / "data", lambda _: None)
+    train_all(config, prepared, folder)
+    qa = QaConfig(
+        questions=(str(folder / "planted.jsonl"),),
+        template="bare",
+        templates=str(folder / "templates.toml"),
+        num_passages=2,
+        max_new_tokens=ANSWER,
+    )
+    examine_trained(dataclasses.replace(config, qa=qa), prepared, folder / "data", folder, Console(), "latest")
+    result = json.loads((folder / "evaluation" / "qa-planted.json").read_text())
+    return {row.removeprefix("retro "): figures["exact_match"] for row, figures in result["figures"].items()}
+
+
+def spoken(words: Sequence[int] | np.ndarray) -> str:
+    """Words as text, a token each."""
+    return "".join(f" w{word:03d}" for word in words)
+
+
+def planted_documents(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Words int [documents, chunks, chunk_len], and which document the first half's pair of each comes from, -1 for its own.
+
+    In a document chunks 0 and 1 are a pair of its own, chunks 2 and 3 one of an earlier document, or its own once more; 4 and 5
+    again, and so 6 and 7.
+    """
+    random = np.random.default_rng(seed)
+    words_DLC = random.integers(0, WORDS, (count, CHUNKS, CHUNK))
+    sources_DP = np.full((count, CHUNKS // 2), -1)
+    for document in range(CHUNKS, count):
+        others = random.choice(document, CHUNKS // 2, replace=False)
+        for pair in range(1, CHUNKS // 2):
+            source = document if random.random() < 0.5 else others[pair]
+            words_DLC[document, 2 * pair : 2 * pair + 2] = words_DLC[source, :2]
+            sources_DP[document, pair] = source
+    return words_DLC, sources_DP
+
+
+def write_questions(path: Path, words_DLC: np.ndarray, sources_DP: np.ndarray, count: int, seed: int) -> None:
+    """Of documents whose own pair no other repeats: in their middle, so that the model has not seen them last."""
+    random = np.random.default_rng(seed + 1)
+    own_D1 = np.arange(len(words_DLC))[:, None]
+    repeated = np.unique(sources_DP[sources_DP != own_D1])
+    alone = np.setdiff1d(np.arange(len(words_DLC)), repeated)
+    with open(path, "w") as file:
+        for number, document in enumerate(random.choice(alone, count, replace=False).tolist()):
+            other = int(random.choice(alone))
+            passages = [spoken(words_DLC[one, :2].reshape(-1)) for one in (document, other)]
+            if random.random() < 0.5:
+                passages.reverse()
+            question, answer = spoken(words_DLC[document, 0]), spoken(words_DLC[document, 1, :ANSWER])
+            fields = {"id": str(number), "context": question, "continuation": answer, "ctxs": passages}
+            file.write(json.dumps(fields) + "\n")
+
+
+def planted_config(folder: Path, texts: Sequence[str], seed: int, steps: int) -> Config:
+    """Write corpus and tokenizer, and give the config that trains on them."""
+    with open(folder / "corpus.jsonl", "w") as file:
+        file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    words = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(letters)}, merges=[]))
+    words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    words.add_special_tokens(["<eod>"])
+    words.add_tokens([f" w{word:03d}" for word in range(WORDS)])
+    words.save(str(folder / "words.json"))
+    chunks = ChunkConfig(chunk_len=CHUNK, num_neighbours=2, retrieved_len=2 * CHUNK)
+    retro = RetroConfig(
+        chunks=chunks,
+        encoder=EncoderConfig(num_layers=1, final_norm=True),
+        cca_layers=(2,),
+        cca_init="copy",
+        conv_width=4,
+        null_key=0.0,
+    )
+    return Config(
+        corpus=CorpusConfig(sources=(str(folder / "corpus.jsonl"),), valid_fraction=0.0, test_fraction=0.0, workers=1),
+        tokenizer=TokenizerConfig(kind="tokenizer_json", path=str(folder / "words.json"), eod="<eod>", bos=""),
+        chunks=chunks,
+        retrieval=RetrievalConfig(saved=4, workers=1),
+        data=DataConfig(seq_len=CHUNK * CHUNKS, batch_size=16, seed=seed),
+        model=ModelConfig(width=64, num_layers=2, num_heads=4, max_positions=256, retro=retro),
+        optimizer=OptimizerConfig(learning_rate=3e-3, min_learning_rate=3e-4, warmup_steps=20),
+        training=TrainConfig(steps=steps, seed=seed, valid_every=0, checkpoint_every=10_000, log_every=50),
+        evaluation=EvalConfig(window=CHUNK * CHUNKS, stride=CHUNK * CHUNKS, overlap_neighbours=4),
+    )
+
+
+if __name__ == "__main__":
+    main()
