@@ -79,7 +79,9 @@ class Engine:
         done = {number: completion for number, _, completion in self.stream(prompts, config) if completion is not None}
         return [done[number] for number in range(len(prompts))]
 
-    def stream(self, prompts: Sequence[Prompt], config: GenerateConfig | None = None) -> Iterator[Event]:
+    def stream(
+        self, prompts: Sequence[Prompt], config: GenerateConfig | None = None, numbers: Sequence[int] | None = None
+    ) -> Iterator[Event]:
         """Text as it comes: (the prompt's place, new text, its completion when that is whole, else None).
 
         Prompts of like length are completed together, so they do not end in their order.
@@ -87,6 +89,7 @@ class Engine:
         Args:
             prompts: any number.
             config: how; None: the engine's.
+            numbers: what to call the prompts in events and errors; None: their places.
 
         Raises:
             UserError: a prompt is empty or too long, a stop string can never come, passages are missing or cannot be read, or the
@@ -94,7 +97,7 @@ class Engine:
             ValueError: ``retrieval="live"``, and there is no retriever.
         """
         config = config or self.config
-        rows = self._rows(prompts, config)
+        rows = self._rows(prompts, config, range(len(prompts)) if numbers is None else numbers)
         with ThreadPoolExecutor(1, "search") as thread:
             work = self._work(config, thread)
             run = complete if config.grid == "kept" else complete_rechunked
@@ -133,16 +136,16 @@ class Engine:
 
         return lambda queries: thread.submit(find, queries)
 
-    def _rows(self, prompts: Sequence[Prompt], config: GenerateConfig) -> list[Row]:
+    def _rows(self, prompts: Sequence[Prompt], config: GenerateConfig, numbers: Sequence[int]) -> list[Row]:
         """The prompts as tokens, all of them checked."""
         check_stops(config.stop, self.tokenizer)
         if self.reads_neighbours and config.retrieval == "live" and self.retriever is None:
             raise ValueError("GenerateConfig.retrieval='live' needs a retriever; give the engine one, or use 'given' or 'none'")
-        for number, prompt in enumerate(prompts):
+        for number, prompt in zip(numbers, prompts, strict=True):
             self._check(number, prompt, config)
-        texts = self.tokenizer.encode_batch([p.text for p in prompts], [f"prompt {n}" for n in range(len(prompts))])
+        texts = self.tokenizer.encode_batch([p.text for p in prompts], [f"prompt {n}" for n in numbers])
         rows = []
-        for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+        for number, prompt, text in zip(numbers, prompts, texts, strict=True):
             if not len(text):
                 raise UserError(f"prompt {number} is empty; give some text to go on from")
             bos = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]

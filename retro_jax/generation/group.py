@@ -7,10 +7,12 @@ neighbours are read from its last token on, and what to look for is not known be
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -66,6 +68,15 @@ class Work:
     def num_chunks(self, length: int) -> int:
         """Chunks that a row of so many tokens has at most."""
         return -(-length // self.chunks.chunk_len)
+
+
+class Asked(NamedTuple):
+    """A text that is looked for: where the answer goes, of which row, and where in it the text ends."""
+
+    place: int
+    row: Row
+    end: int
+    text: np.ndarray
 
 
 def complete(work: Work, rows: Sequence[Row]) -> Progress:
@@ -129,33 +140,39 @@ def bucket(count: int) -> int:
 def _of_prompts(work: Work, places: Sequence[Row | None], num_chunks: int) -> Generator[Future[Found], None, Found]:
     """The neighbours of ``num_chunks`` chunks of every row, of which those past its text have none."""
     found = passages_found(places, work.chunks, num_chunks)
-    if work.search is None:
-        return found
-    asked = [
-        (number * num_chunks + chunk, row, text)
-        for number, row in enumerate(places)
-        if row is not None and _searches(row)
-        for chunk, text in enumerate(chunks_of(row.all_tokens(), work.chunks.chunk_len))
-    ]
-    answer = yield from _searched(work, [text for _, _, text in asked])
-    ends: dict[int, int] = {}
-    for _, row, _ in asked:
-        row.forget_retrieved()
-    for query, (place, row, text) in enumerate(asked):
-        ends[row.number] = ends.get(row.number, 0) + len(text)
-        _put(found, place, answer, query, row, ends[row.number], text)
+    asked = []
+    for number, row in enumerate(places):
+        if row is not None and _searches(row):
+            row.forget_retrieved()
+            texts = chunks_of(row.all_tokens(), work.chunks.chunk_len)
+            ends = itertools.accumulate(len(text) for text in texts)
+            asked += [Asked(number * num_chunks + chunk, row, *of) for chunk, of in enumerate(zip(ends, texts, strict=True))]
+    yield from _look_up(work, asked, found)
     return found
 
 
 def _of_last_tokens(work: Work, places: Sequence[Row | None]) -> Generator[Future[Found], None, Arrived]:
     """The neighbours of the last chunk_len tokens of every row."""
     found = passages_found(places, work.chunks, 1)
-    asked = [(number, row, row.all_tokens()) for number, row in enumerate(places) if row is not None and _searches(row)]
-    if work.search is not None and asked:
-        answer = yield from _searched(work, [text[-work.chunks.chunk_len :] for _, _, text in asked])
-        for query, (place, row, text) in enumerate(asked):
-            _put(found, place, answer, query, row, len(text), text[-work.chunks.chunk_len :])
+    texts = [(number, row, row.all_tokens()) for number, row in enumerate(places) if row is not None and _searches(row)]
+    asked = [Asked(number, row, len(text), text[-work.chunks.chunk_len :]) for number, row, text in texts]
+    yield from _look_up(work, asked, found)
     return Arrived(jnp.asarray(found.tokens_QKR), jnp.asarray(found.mask_QKR))
+
+
+def _look_up(work: Work, asked: Sequence[Asked], found: Found) -> Generator[Future[Found], None, None]:
+    """Search for all texts at once, and put what was found into its places."""
+    if work.search is None or not asked:
+        return
+    search = work.search([one.text for one in asked])
+    yield search
+    began = time.perf_counter()
+    answer = search.result()
+    work.seconds.waiting += time.perf_counter() - began
+    for query, one in enumerate(asked):
+        for all_QK, answer_QK in zip(found, answer, strict=True):
+            all_QK[one.place, : answer_QK.shape[1]] = answer_QK[query]
+        one.row.note(one.end, one.text, answer.ids_QK[query], answer.distances_QK[query])
 
 
 def _taken(work: Work, rows: Sequence[Row | None], sampled: Sampled, count: int) -> Progress:
@@ -166,25 +183,8 @@ def _taken(work: Work, rows: Sequence[Row | None], sampled: Sampled, count: int)
         raise wrong
 
 
-def _searched(work: Work, queries: Sequence[np.ndarray]) -> Generator[Future[Found], None, Found | None]:
-    if work.search is None or not queries:
-        return None
-    search = work.search(queries)
-    yield search
-    began = time.perf_counter()
-    answer = search.result()
-    work.seconds.waiting += time.perf_counter() - began
-    return answer
-
-
 def _searches(row: Row) -> bool:
     return row.passages is None and row.finish is None
-
-
-def _put(found: Found, place: int, answer: Found, query: int, row: Row, end: int, text: np.ndarray) -> None:
-    for all_QK, answer_QK in zip(found, answer, strict=True):
-        all_QK[place, : answer_QK.shape[1]] = answer_QK[query]
-    row.note(end, text, answer.ids_QK[query], answer.distances_QK[query])
 
 
 def _for_chunks(found: Found, rows: int, num_chunks: int) -> Found:
