@@ -204,10 +204,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _add_settings(commands)
     _add_plan(commands)
     _add_retrieval(commands)
+    _add_generate(commands)
     parsed = parser.parse_args(arguments)
-    command = {"prepare": _prepare, "convert": _convert, "settings": _settings, "plan": _plan, "retrieval": _retrieval}[
-        parsed.command
-    ]
+    command = {
+        "prepare": _prepare,
+        "convert": _convert,
+        "settings": _settings,
+        "plan": _plan,
+        "retrieval": _retrieval,
+        "generate": _generate,
+    }[parsed.command]
     return exit_code(lambda: command(parsed))
 
 
@@ -272,6 +278,32 @@ def _add_retrieval(commands: argparse._SubParsersAction) -> None:
         _add_overrides(action)
 
 
+def _add_generate(commands: argparse._SubParsersAction) -> None:
+    parser = commands.add_parser(
+        "generate",
+        help="complete prompts with a trained model, its neighbours looked for while it writes",
+        description="Complete prompts. How is set in GenerateConfig: --set GenerateConfig.max_new_tokens=64, temperature, top_k, "
+        "top_p, repetition_penalty, stop, retrieval (live, given, none), and others.",
+        epilog='example: python -m retro_jax generate --config quickstart --prompt "Open the file and" --show-neighbours',
+    )
+    parser.add_argument("--config", metavar="FILE", help="gin file, or the name of one in configs/ (default: the workdir's)")
+    parser.add_argument("--workdir", metavar="DIR", help="the run's folder (default: runs/<config's name>)")
+    _add_overrides(parser)
+    parser.add_argument("--prompt", action="append", metavar="TEXT", help="a text to be completed; may be given again")
+    parser.add_argument(
+        "--prompts",
+        metavar="FILE|-",
+        help="a file of prompts, one a line; .jsonl: objects with prompt and perhaps passages and seed; -: standard input",
+    )
+    parser.add_argument("--model", metavar="NAME", help="of the run's models, for example gpt (default: the main one)")
+    parser.add_argument(
+        "--checkpoint", default="latest", metavar="latest|best|STEP", help="which checkpoint of the model (default: latest)"
+    )
+    parser.add_argument("--database", metavar="DIR", help="data to search, made with the same tokenizer (default: the run's own)")
+    parser.add_argument("--show-neighbours", action="store_true", help="also tell what was found and read")
+    parser.add_argument("--output", metavar="FILE.jsonl", help="write a line a completion; a file that was begun is gone on with")
+
+
 def _add_convert(commands: argparse._SubParsersAction) -> None:
     parser = commands.add_parser(
         "convert",
@@ -322,7 +354,18 @@ def _plan(arguments: argparse.Namespace) -> None:
     plan(config, arguments, report_console())
 
 
-def _retrieval(arguments: argparse.Namespace) -> None:
+def _generate(arguments: argparse.Namespace) -> None:
+    run = _stored_run(arguments)
+    from retro_jax.generation.command import generate
+    from retro_jax.host_memory import keep_freed_memory
+
+    refuse_other_config(run)
+    keep_freed_memory()
+    generate(run.config, run.data_dir, run.workdir, arguments, Console(soft_wrap=True))
+
+
+def _stored_run(arguments: argparse.Namespace) -> Run:
+    """The run that is meant where ``--config`` may be left out for the one stored in the workdir."""
     if arguments.config is None:
         if arguments.workdir is None:
             raise UserError("neither --workdir nor --config is given; name the folder of a run that is prepared or trained")
@@ -330,7 +373,11 @@ def _retrieval(arguments: argparse.Namespace) -> None:
         if not stored.is_file():
             raise UserError(f"{stored} is not there; give the --config that the data were prepared with, or another --workdir")
         arguments.config = str(stored)
-    run = run_of(arguments)
+    return run_of(arguments)
+
+
+def _retrieval(arguments: argparse.Namespace) -> None:
+    run = _stored_run(arguments)
     if arguments.action == "query":
         os.environ.setdefault("JAX_PLATFORMS", "cpu")  # an encoder embeds a text as well without an accelerator
     from retro_jax.retrieval import command

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from retro_jax.config import Config, DataConfig, ModelConfig, resolved
+from retro_jax.corpus.tokenizer_stage import TOKENIZER
 from retro_jax.errors import UserError
 from retro_jax.field_types import field_hints, nested_config
 from retro_jax.training.checkpoint import About
@@ -50,6 +51,8 @@ def refuse_other_data(about: About, data: Mapping[str, str], path: Path) -> None
         UserError: the first artefact that differs is named.
     """
     for name, now in data.items():
+        if name == TOKENIZER and name not in about.data:
+            continue  # a checkpoint of 0.1.0, whose tokens tell
         if about.data.get(name) != now:
             raise UserError(
                 f"the checkpoint {path} was trained on {name} with fingerprint {about.data.get(name)}, now they have {now}; "

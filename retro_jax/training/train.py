@@ -128,7 +128,7 @@ def train(
         f"tokens, {compute_dtype(training).name} on {_devices(config)}",
         flush=True,
     )
-    read = ("tokens", "chunks", "neighbours") if _reads_neighbours(model_config) else ("tokens", "chunks")
+    read = ("tokenizer", "tokens", "chunks", *(["neighbours"] if _reads_neighbours(model_config) else []))
     job = Job(
         name=name,
         config=_with_capacity(config, model_config, rows, table, name),
