@@ -23,6 +23,7 @@ from retro_jax.config.data import (
     TokenizerConfig,
 )
 from retro_jax.config.executor import ExecutorConfig
+from retro_jax.config.harness import HarnessConfig, HarnessRetrieval
 from retro_jax.config.mesh import MeshConfig
 from retro_jax.config.model import Activation, EncoderConfig, Implementation, ModelConfig, Norm, Positions, RetroConfig
 from retro_jax.config.recompute import Part, Recompute, RecomputePolicy
@@ -42,6 +43,8 @@ __all__ = [
     "EncoderConfig",
     "EvalConfig",
     "ExecutorConfig",
+    "HarnessConfig",
+    "HarnessRetrieval",
     "Implementation",
     "MeshConfig",
     "Metric",

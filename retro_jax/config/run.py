@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from retro_jax.config.checks import check
 from retro_jax.config.data import ChunkConfig, CorpusConfig, DataConfig, RetrievalConfig, TokenizerConfig
+from retro_jax.config.harness import HarnessConfig
 from retro_jax.config.mesh import MeshConfig
 from retro_jax.config.model import ModelConfig
 from retro_jax.config.training import EvalConfig, OptimizerConfig, TrainConfig
@@ -27,6 +28,7 @@ class Config:
     training: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
+    harness: HarnessConfig = field(default_factory=HarnessConfig)
 
     def __post_init__(self) -> None:
         m = self.chunks.chunk_len
@@ -72,7 +74,7 @@ class Config:
                 "or trained='all'",
             )
         if self.model.positions == "learned":
-            longest = max(self.data.seq_len, self.evaluation.window)
+            longest = max(self.data.seq_len, self.evaluation.window, self.harness.max_tokens or 0)
             check(
                 self.model.max_positions >= longest,
                 f"ModelConfig.max_positions={self.model.max_positions} is below the longest row, {longest}; raise it",
