@@ -119,11 +119,8 @@ class Scorer:
         by_row = self._rows(asked)
         rows = sorted(by_row, key=lambda row: (-len(row.tokens), row))
         batches = [rows[start : start + self._batch_size] for start in range(0, len(rows), self._batch_size)]
-        found: dict[Continuation, LogLikelihood] = {}
-        for one in asked if kept is not None else ():
-            known = kept.get(one)
-            if known is not None:
-                found[one] = known
+        known = {one: kept.get(one) for one in asked} if kept is not None else {}
+        found = {one: likelihood for one, likelihood in known.items() if likelihood is not None}
         ahead = [batch for batch in batches if not all(one in found for row in batch for one in by_row[row])]
         with progress_bar(f"log-likelihoods {name}".rstrip(), total=len(batches), done=len(batches) - len(ahead)) as bar:
             for batch, made in self._made(ahead):
@@ -244,8 +241,8 @@ class Scorer:
         for (_, one), value in zip(asked, nats, strict=True):
             if not math.isfinite(value):
                 raise UserError(
-                    f"the log-likelihood of {len(one.tokens)} tokens after {len(one.context)} is {value}; the model's numbers are "
-                    "no longer finite, evaluate an earlier --checkpoint, or set TrainConfig.precision='float32'"
+                    f"the log-likelihood of {len(one.tokens)} tokens after {len(one.context)} is {value}; the model's numbers "
+                    "are not finite, evaluate an earlier --checkpoint, or set TrainConfig.precision='float32'"
                 )
         return {one: LogLikelihood(float(n), bool(g)) for (_, one), n, g in zip(asked, nats, greedy, strict=True)}
 
