@@ -13,7 +13,7 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -64,11 +64,11 @@ class LogLikelihood(NamedTuple):
 class Kept(Protocol):
     """What was computed before, and takes what is computed now."""
 
-    def get(self, asked: Continuation) -> LogLikelihood | None:
-        """What is known of it."""
+    def get(self, question: Any) -> Any:
+        """The log-likelihood of a continuation (its two values); None if it is not known."""
 
-    def add(self, computed: Mapping[Continuation, LogLikelihood]) -> None:
-        """Keep these."""
+    def add(self, answers: Mapping[Any, Any]) -> None:
+        """Keep those of these continuations."""
 
 
 class _Row(NamedTuple):
@@ -120,7 +120,7 @@ class Scorer:
         rows = sorted(by_row, key=lambda row: (-len(row.tokens), row))
         batches = [rows[start : start + self._batch_size] for start in range(0, len(rows), self._batch_size)]
         known = {one: kept.get(one) for one in asked} if kept is not None else {}
-        found = {one: likelihood for one, likelihood in known.items() if likelihood is not None}
+        found = {one: LogLikelihood(*values) for one, values in known.items() if values is not None}
         ahead = [batch for batch in batches if not all(one in found for row in batch for one in by_row[row])]
         with progress_bar(f"log-likelihoods {name}".rstrip(), total=len(batches), done=len(batches) - len(ahead)) as bar:
             for batch, made in self._made(ahead):
