@@ -8,7 +8,6 @@ inputs, a summary (counts), size and SHA-256 of every file, and a digest of all 
 from __future__ import annotations
 
 import errno
-import fcntl
 import functools
 import hashlib
 import json
@@ -24,6 +23,7 @@ from typing import Literal
 import numpy as np
 
 from retro_jax.errors import BadInput, UserError
+from retro_jax.sole_writer import LOCK, sole_writer
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -86,7 +86,7 @@ def build_artefact(
         checksums: how it is checked where it stands; see :func:`open_artefact`.
 
     Raises:
-        UserError: it stands there with other settings or inputs, or the disk is full.
+        UserError: it stands there with other settings or inputs, another process builds it, or the disk is full.
     """
     path = Path(path)
     plan = {"kind": kind, "format_version": FORMAT_VERSION, "settings": _plain(settings), "inputs": dict(inputs)}
@@ -96,7 +96,7 @@ def build_artefact(
         return artefact
     partial = path.with_name(path.name + ".partial")
     partial.mkdir(parents=True, exist_ok=True)
-    with _locked(path), _disk_full_told(path):
+    with sole_writer(partial), _disk_full_told(path):
         _sweep(partial)
         if found := _plan_of(partial):
             _refuse_other(path, plan, found)
@@ -113,6 +113,7 @@ def build_artefact(
             (partial / BLOCKS).rename(partial / DROPPED)
             shutil.rmtree(partial / DROPPED)
         (partial / PLAN).unlink()
+        (partial / LOCK).unlink()
         manifest["digest"] = _digest_json(manifest)
         write_text(partial / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True) + "\n")
         partial.rename(path)
@@ -238,14 +239,15 @@ def _plan_of(partial: Path) -> Mapping | None:
     except ValueError:
         print(f"{partial / PLAN} is corrupted; what stands beside it is not taken up, it is made anew", file=sys.stderr)
     for path in partial.iterdir():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if path.name != LOCK:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     return None
 
 
 def _file_facts(partial: Path) -> dict:
     """Size and SHA-256 of the files of an artefact that is ready."""
     facts = {}
-    own = (path for path in partial.iterdir() if path.name not in (BLOCKS, PLAN))
+    own = (path for path in partial.iterdir() if path.name not in (BLOCKS, PLAN, LOCK))
     for path in sorted(p for top in own for p in (top.rglob("*") if top.is_dir() else [top]) if p.is_file()):
         stat = path.stat()
         facts[str(path.relative_to(partial))] = {
@@ -285,18 +287,6 @@ def _refuse_other(path: Path, wanted: Mapping, found: Mapping) -> None:
                     f"{path} was built with {noun} {name}={have.get(name)!r}, now {name}={want.get(name)!r} is asked for; "
                     f"use another --workdir, or {_rebuild_hint(path)}"
                 )
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    folder = os.open(path.with_name(path.name + ".partial"), os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    except BlockingIOError:
-        raise UserError(f"another process is building {path}; wait for it, or use another --workdir") from None
-    finally:
-        os.close(folder)
 
 
 @contextmanager

@@ -28,7 +28,7 @@ USER_ERROR, INTERRUPTED = 2, 130
 TRACEBACK = "RETRO_JAX_TRACEBACK"
 STORED_TEXT, STORED_JSON = "config.gin", "config.json"
 # What may change between two starts in a workdir with checkpoints; all else decides what the parameters and the rows mean.
-FREE_CLASSES = ("OptimizerConfig", "TrainConfig", "EvalConfig", "HarnessConfig", "MeshConfig", "ExecutorConfig")
+FREE_CLASSES = ("OptimizerConfig", "TrainConfig", "EvalConfig", "GenerateConfig", "HarnessConfig", "MeshConfig", "ExecutorConfig")
 FREE_FIELDS = (
     "Config.data_dir",
     "CorpusConfig.workers",

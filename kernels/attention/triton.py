@@ -115,7 +115,7 @@ def _launch_forward(q: jax.Array, k: jax.Array, v: jax.Array, rows: Rows) -> tup
         causal_forward,
         *(q, k, v, *rows),
         outputs=(jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct((X, Q, N), jnp.float32)),
-        grid=(-(-Q // blocks.queries), X * N),
+        grid=(-(-Q // blocks.queries) * X * N,),
         **_settings(q, k, blocks),
     )
 
@@ -129,14 +129,14 @@ def _launch_backward(q, k, v, rows, lse, delta, do):
         causal_query_gradient,
         *operands,
         outputs=(like_q,),
-        grid=(-(-Q // of_queries.queries), X * N),
+        grid=(-(-Q // of_queries.queries) * X * N,),
         **_settings(q, k, of_queries),
     )
     dk, dv = call(
         causal_key_gradient,
         *operands,
         outputs=(like_k, like_v),
-        grid=(-(-S // of_keys.keys), X * G),
+        grid=(-(-S // of_keys.keys) * X * G,),
         **_settings(q, k, of_keys),
     )
     return dq, dk, dv
@@ -154,6 +154,14 @@ def _settings(q: jax.Array, k: jax.Array, blocks: Blocks) -> dict[str, Any]:
         "BLOCK_S": blocks.keys,
         "BLOCK_H": triton.next_power_of_2(H),
     }
+
+
+@triton.jit
+def _place(length: tl.constexpr, BLOCK: tl.constexpr, heads: tl.constexpr):
+    """This program's tile, row and head, tiles innermost. CUDA's second dim ends at 65,535, too few for the rows and heads."""
+    tiles: tl.constexpr = (length + BLOCK - 1) // BLOCK
+    problem = tl.program_id(0) // tiles
+    return tl.program_id(0) % tiles, problem // heads, problem % heads
 
 
 @triton.jit
@@ -193,8 +201,8 @@ def causal_forward(
     H: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """O and the base-2 log-sum-exp of a tile of queries of one head."""
-    i = (Q + BLOCK_Q - 1) // BLOCK_Q - 1 - tl.program_id(0)  # those with most keys first
-    x, n = tl.program_id(1) // N, tl.program_id(1) % N
+    i, x, n = _place(Q, BLOCK_Q, N)
+    i = (Q + BLOCK_Q - 1) // BLOCK_Q - 1 - i  # those with most keys first
     first = tl.load(first_ptr + x)
     m, h = i * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_H)
     at_q = (x.to(tl.int64) * Q * N + n) * H
@@ -234,8 +242,8 @@ def causal_query_gradient(
     H: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_H: tl.constexpr,
 ):  # fmt: skip
     """dQ of a tile of queries of one head."""
-    i = (Q + BLOCK_Q - 1) // BLOCK_Q - 1 - tl.program_id(0)
-    x, n = tl.program_id(1) // N, tl.program_id(1) % N
+    i, x, n = _place(Q, BLOCK_Q, N)
+    i = (Q + BLOCK_Q - 1) // BLOCK_Q - 1 - i
     first = tl.load(first_ptr + x)
     m, h = i * BLOCK_Q + tl.arange(0, BLOCK_Q), tl.arange(0, BLOCK_H)
     at_q = (x.to(tl.int64) * Q * N + n) * H
@@ -271,7 +279,7 @@ def causal_key_gradient(
 ):  # fmt: skip
     """dK and dV of a tile of keys of one key/value head."""
     GROUP: tl.constexpr = N // G
-    j, x, g = tl.program_id(0), tl.program_id(1) // G, tl.program_id(1) % G
+    j, x, g = _place(S, BLOCK_S, G)
     first = tl.load(first_ptr + x)
     s, h = j * BLOCK_S + tl.arange(0, BLOCK_S), tl.arange(0, BLOCK_H)
     at_k = (x.to(tl.int64) * S * G + g) * H

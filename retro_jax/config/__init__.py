@@ -23,7 +23,8 @@ from retro_jax.config.data import (
     TokenizerConfig,
 )
 from retro_jax.config.executor import ExecutorConfig
-from retro_jax.config.harness import HarnessConfig, HarnessRetrieval
+from retro_jax.config.generation import GenerateConfig, GridMode, RetrievalMode
+from retro_jax.config.harness import HarnessConfig
 from retro_jax.config.mesh import MeshConfig
 from retro_jax.config.model import Activation, EncoderConfig, Implementation, ModelConfig, Norm, Positions, RetroConfig
 from retro_jax.config.recompute import Part, Recompute, RecomputePolicy
@@ -43,8 +44,9 @@ __all__ = [
     "EncoderConfig",
     "EvalConfig",
     "ExecutorConfig",
+    "GenerateConfig",
+    "GridMode",
     "HarnessConfig",
-    "HarnessRetrieval",
     "Implementation",
     "MeshConfig",
     "Metric",
@@ -56,6 +58,7 @@ __all__ = [
     "Recompute",
     "RecomputePolicy",
     "RetrievalConfig",
+    "RetrievalMode",
     "RetroConfig",
     "Split",
     "TokenizerConfig",

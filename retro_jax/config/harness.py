@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 from retro_jax.config.checks import check, check_positive
-
-HarnessRetrieval = Literal["live", "given", "none"]
+from retro_jax.config.generation import RetrievalMode
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +23,7 @@ class HarnessConfig:
     """
 
     tasks: tuple[str, ...] = ()
-    retrieval: tuple[HarnessRetrieval, ...] = ("live", "none")
+    retrieval: tuple[RetrievalMode, ...] = ("live", "none")
     fewshot: int = 0
     limit: int | None = None
     batch_size: int = 16
@@ -40,7 +39,7 @@ class HarnessConfig:
                 check_positive(self, name)
         for name in ("fewshot", "seed"):
             check(getattr(self, name) >= 0, f"HarnessConfig.{name}={getattr(self, name)} must not be negative")
-        modes = get_args(HarnessRetrieval)
+        modes = get_args(RetrievalMode)
         check(
             len(self.retrieval) > 0 and all(mode in modes for mode in self.retrieval),
             f"HarnessConfig.retrieval={self.retrieval} must name one or more of {', '.join(modes)}",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from retro_jax.config.checks import check
 from retro_jax.config.data import ChunkConfig, CorpusConfig, DataConfig, RetrievalConfig, TokenizerConfig
+from retro_jax.config.generation import GenerateConfig
 from retro_jax.config.harness import HarnessConfig
 from retro_jax.config.mesh import MeshConfig
 from retro_jax.config.model import ModelConfig
@@ -28,6 +29,7 @@ class Config:
     training: TrainConfig = field(default_factory=TrainConfig)
     mesh: MeshConfig = field(default_factory=MeshConfig)
     evaluation: EvalConfig = field(default_factory=EvalConfig)
+    generation: GenerateConfig = field(default_factory=GenerateConfig)
     harness: HarnessConfig = field(default_factory=HarnessConfig)
 
     def __post_init__(self) -> None:
@@ -65,6 +67,12 @@ class Config:
             self.evaluation.overlap_neighbours <= self.retrieval.saved,
             f"EvalConfig.overlap_neighbours={self.evaluation.overlap_neighbours} is above "
             f"RetrievalConfig.saved={self.retrieval.saved}; save at least as many",
+        )
+        step = self.generation.retrieval_step
+        check(
+            step is None or step <= m,
+            f"GenerateConfig.retrieval_step={step} is above ChunkConfig.chunk_len={m}, the tokens that a chunk's neighbours "
+            f"serve; use at most {m}",
         )
         self._check_mesh()
         if self.training.trained == "retrieval":

@@ -10,10 +10,7 @@ and the token before them (BOS, or the end of document where the tokenizer has n
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -22,7 +19,7 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, simple_parse_args_string
 
-from retro_jax.config import GenerateConfig, HarnessRetrieval
+from retro_jax.config import GenerateConfig, RetrievalMode
 from retro_jax.corpus.tokenizer import Tokenizer
 from retro_jax.errors import UserError
 from retro_jax.evaluation.likelihood import Continuation, Kept, Scorer
@@ -54,7 +51,7 @@ class RetroLM(TemplateLM):
         scorer: Scorer,
         tokenizer: Tokenizer,
         *,
-        retrieval: HarnessRetrieval = "none",
+        retrieval: RetrievalMode = "none",
         complete: Complete | None = None,
         batch_size: int = 16,
         max_new_tokens: int = 256,
@@ -123,15 +120,14 @@ class RetroLM(TemplateLM):
         if self._complete is None:
             raise UserError("a task generates text, and this model was opened to score it alone; leave the task out")
         asked = [self._prompt(request) for request in requests]
-        found: dict[tuple[Prompt, GenerateConfig], str] = {}
+        found: dict[tuple[Prompt, GenerateConfig], Any] = {}
         for batch in self._batches(list(dict.fromkeys(asked))):
-            known = [None if self._kept is None else self._kept.get(one) for one in batch]
-            if None in known:
-                completions = self._complete([prompt for prompt, _ in batch], batch[0][1])
-                known = [completion.text for completion in completions]
+            texts = [None if self._kept is None else self._kept.get(one) for one in batch]
+            if None in texts:
+                texts = [completion.text for completion in self._complete([prompt for prompt, _ in batch], batch[0][1])]
                 if self._kept is not None:
-                    self._kept.add(dict(zip(batch, known, strict=True)))
-            found.update(zip(batch, known, strict=True))
+                    self._kept.add(dict(zip(batch, texts, strict=True)))
+            found.update(zip(batch, texts, strict=True))
         return [found[one] for one in asked]
 
     def _loglikelihood_tokens(self, requests: Any, **kwargs: Any) -> Any:
@@ -200,8 +196,8 @@ class RetroLM(TemplateLM):
         room = self.max_length - new_tokens
         if room <= 0:
             raise UserError(
-                f"a task generates {new_tokens} tokens, and a row has at most {self.max_length}; lower the task's max_gen_toks, or "
-                "raise HarnessConfig.max_tokens"
+                f"a task generates {new_tokens} tokens, and a row has at most {self.max_length}; lower the task's max_gen_toks, "
+                "or raise HarnessConfig.max_tokens"
             )
         tokens = self.tok_encode(text)
         return text if len(tokens) <= room else self._tokenizer.decode_batch([np.asarray(tokens[-room:], np.int32)])[0]

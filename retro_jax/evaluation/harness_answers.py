@@ -15,7 +15,7 @@ class Answers:
 
     Args:
         path: the file; made, with its folder, when something is added.
-        key: what the answers depend on beside their questions (parameters, data, settings); a file with another key is begun anew.
+        key: what the answers depend on beside their questions (parameters, data, settings); a file with another is begun anew.
     """
 
     def __init__(self, path: Path, key: str) -> None:
@@ -43,7 +43,7 @@ class Answers:
             file.flush()
             os.fsync(file.fileno())
             self._size = file.tell()
-        self._known.update(line for line in lines if line[0] != "key")  # type: ignore[arg-type]
+        self._known.update({_digest(question): answer for question, answer in answers.items()})
 
     def _read(self) -> int:
         """Take up the lines that are whole; the bytes that they fill."""

@@ -2,7 +2,7 @@
 
 | fields of a line | task | metrics |
 |---|---|---|
-| ``query``, ``choices``, ``gold`` | which choice goes on from the query (ARC, PIQA, OpenBookQA, COPA, CommonsenseQA) | acc, acc_norm |
+| ``query``, ``choices``, ``gold`` | which choice goes on from the query (ARC, PIQA, COPA, CommonsenseQA) | acc, acc_norm |
 | ``context_options``, ``continuation``, ``gold`` | after which context the continuation is likeliest (WinoGrande) | acc |
 | ``context``, ``continuation`` | the continuation, word for word (LAMBADA) | perplexity, acc |
 | ``text`` | a whole text | word_perplexity, byte_perplexity, bits_per_byte |
@@ -114,8 +114,8 @@ def _load(tasks: list[Any], *, with_its_own: bool) -> Mapping[str, Any]:
     for name in sorted(its_own):
         if name not in manager.all_tasks:
             raise UserError(
-                f"HarnessConfig.tasks names {name!r}, which is neither a file nor a folder, nor a task of lm_eval; check the path, "
-                "or look for the name in `lm_eval ls tasks`"
+                f"HarnessConfig.tasks names {name!r}, which is neither a file nor a folder, nor a task of lm_eval; check the "
+                "path, or look for the name in `lm_eval ls tasks`"
             )
     names = [task if isinstance(task, str) else task.task_name for task in tasks]
     try:
@@ -206,8 +206,8 @@ def _file_of(path: Path) -> Path:
     files = sorted(path.glob("*.jsonl"))
     if len(files) != 1:
         raise UserError(
-            f"HarnessConfig.tasks names the folder {str(path)!r}, which has {len(files)} files *.jsonl; name one with one, or the "
-            "file itself"
+            f"HarnessConfig.tasks names the folder {str(path)!r}, which has {len(files)} files *.jsonl; name one with one, or "
+            "the file itself"
         )
     return files[0]
 

@@ -20,10 +20,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from retro_jax.config import Implementation, TrainConfig
+from retro_jax.config import ChunkConfig, Implementation, TrainConfig
 from retro_jax.data.batch import Batch
 from retro_jax.errors import UserError
-from retro_jax.evaluation.chunk_neighbours import ChunkNeighbours, given_neighbours
+from retro_jax.generation.neighbours import Retriever
 from retro_jax.kernels import linear_cross_entropy
 from retro_jax.model import Retro
 from retro_jax.model.grid import trailing_first_chunk_len
@@ -87,20 +87,25 @@ class Scorer:
         config: tells the dtype to compute in, and how many tokens' logits exist at a time.
         longest: tokens of a row; what stands further to the left in a longer one is cut off.
         batch_size: rows at a time.
-        neighbours: looks up the neighbours of the rows' chunks; None: only continuations with ``passages`` have any.
+        retriever: finds the neighbours of the rows' chunks; None: only continuations with ``passages`` have any.
     """
 
     def __init__(
-        self, model: Retro, config: TrainConfig, *, longest: int, batch_size: int, neighbours: ChunkNeighbours | None = None
+        self, model: Retro, config: TrainConfig, *, longest: int, batch_size: int, retriever: Retriever | None = None
     ) -> None:
         graph, variables = nnx.split(model)
         parameters: Tree = dict(nnx.to_pure_dict(variables).items())
-        self.longest, self._batch_size, self._neighbours = longest, batch_size, neighbours
+        self.longest, self._batch_size, self._retriever = longest, batch_size, retriever
         self._graph, self._state = graph, cast(parameters, compute_dtype(config))
         self._config, self._loss_chunk, self._told_cut = model.config, config.loss_chunk, False
         retro = model.config.retro
         self._chunks = None if retro is None or retro.gate == 0.0 else retro.chunks
         self._table_VD = cast({"table": model.output_table_VD()}, compute_dtype(config))["table"]
+
+    @property
+    def chunk_len(self) -> int | None:
+        """Tokens of a chunk; None: the model has no retrieval."""
+        return None if self._chunks is None else self._chunks.chunk_len
 
     def __call__(self, asked: Sequence[Continuation], kept: Kept | None = None, *, name: str = "") -> list[LogLikelihood]:
         """The log-likelihood of each continuation, in order.
@@ -175,17 +180,17 @@ class Scorer:
         """Neighbours of the whole chunks of each row: int32 and bool [chunks, K, R]."""
         if self._chunks is None:
             return {}
-        found: dict[_Row, tuple[np.ndarray, np.ndarray]] = {}
-        for row in rows:
-            if row.passages is not None:
-                passages = [np.asarray(passage, np.int32) for passage in row.passages]
-                found[row] = given_neighbours(passages, self._chunks, len(_whole_chunks(row, self._chunks.chunk_len)))
-        asked = [row for row in rows if row not in found] if self._neighbours is not None else []
-        chunks = [_whole_chunks(row, self._chunks.chunk_len) for row in asked]
-        if asked and self._neighbours is not None:
-            tokens_NKR, mask_NKR = self._neighbours([chunk for of_row in chunks for chunk in of_row])
-            ends = np.cumsum([len(of_row) for of_row in chunks])[:-1]
-            found.update(zip(asked, zip(np.split(tokens_NKR, ends), np.split(mask_NKR, ends), strict=True), strict=True))
+        C = self._chunks.chunk_len
+        found = {row: _given(row.passages, self._chunks, len(_whole_chunks(row, C))) for row in rows if row.passages is not None}
+        if self._retriever is None:
+            return found
+        asked = [(row, _whole_chunks(row, C)) for row in rows if row not in found]
+        asked = [(row, chunks) for row, chunks in asked if chunks]
+        if asked:
+            answer = self._retriever.find([chunk for _, chunks in asked for chunk in chunks])
+            ends = np.cumsum([len(chunks) for _, chunks in asked])[:-1]
+            parts = zip(np.split(answer.tokens_QKR, ends), np.split(answer.mask_QKR, ends), strict=True)
+            found.update(zip((row for row, _ in asked), parts, strict=True))
         return found
 
     def _batch(self, rows: list[_Row], looked_up: Mapping[_Row, tuple[np.ndarray, np.ndarray]]) -> Batch:
@@ -252,6 +257,16 @@ def _whole_chunks(row: _Row, chunk_len: int) -> list[np.ndarray]:
     tokens = np.asarray(row.tokens, np.int32)
     ends = range(row.first_chunk_len, len(tokens) + 1, chunk_len)
     return [tokens[max(0, end - chunk_len) : end] for end in ends]
+
+
+def _given(passages: tuple[tuple[int, ...], ...] | None, chunks: ChunkConfig, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same texts for each of ``count`` chunks, the first K of them, cut to R tokens: int32 and bool [count, K, R]."""
+    tokens_LKR = np.zeros((count, chunks.num_neighbours, chunks.retrieved_len), np.int32)
+    mask_LKR = np.zeros(tokens_LKR.shape, bool)
+    for place, passage in enumerate((passages or ())[: chunks.num_neighbours]):
+        kept = passage[: chunks.retrieved_len]
+        tokens_LKR[:, place, : len(kept)], mask_LKR[:, place, : len(kept)] = kept, True
+    return tokens_LKR, mask_LKR
 
 
 def _padded(length: int, longest: int) -> int:

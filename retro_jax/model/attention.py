@@ -20,11 +20,11 @@ from retro_jax.model.layers import (
     gathered,
     normal,
     parts,
-    product,
     project_in,
     project_out,
     residual_std,
     rotate,
+    two_products,
 )
 from retro_jax.parallel.axes import SEQUENCE, TENSOR, axis_index, axis_size
 from retro_jax.parallel.collectives import gather_row, gathered_again
@@ -94,13 +94,20 @@ class AttentionProjections(nnx.Module):
         self.key_value = Linear(kv_dims, (kv_width,), (2, G, H), bias=bias, init=init, key=keys[1])
         self.out = Linear("heads head_dim width", (N, H), (D,), bias=shape.bias, init=normal(shape.out_std), key=keys[2])
 
-    def project_keys_and_values(self, x: jax.Array) -> jax.Array:
-        """[..., D] to [..., 2, G, H] of the key/value heads that this device's query heads read."""
-        weight_D2GH, bias_2GH = self.key_value_arrays()
-        kv = product(x, weight_D2GH)
-        return kv if bias_2GH is None else kv + bias_2GH[(None,) * (kv.ndim - 3)]
+    def project_keys_and_values(self, x: jax.Array, keys_of: jax.Array | None = None) -> tuple[jax.Array, jax.Array]:
+        """Keys and values [..., G, H] of x [..., D], for the key/value heads that this device's query heads read; keys of
+        ``keys_of`` where it is given.
 
-    def key_value_arrays(self) -> tuple[jax.Array, jax.Array | None]:
+        A product for each, though their weights are one array: a kernel then reads what the products wrote, where slices of one
+        product would be copied for it, and their gradients joined. (On a CPU one product takes as long.)
+        """
+        weight_D2GH, bias_2GH = self._key_value_arrays()
+        k, v = two_products(x if keys_of is None else keys_of, x, weight_D2GH)
+        if bias_2GH is None:
+            return k, v
+        return k + bias_2GH[(0, *(None,) * (k.ndim - 2))], v + bias_2GH[(1, *(None,) * (v.ndim - 2))]
+
+    def _key_value_arrays(self) -> tuple[jax.Array, jax.Array | None]:
         """Weight and bias of those heads. Where there are fewer key/value heads than devices along ``tensor``, each device has
         them all, and takes the one that its query heads read."""
         weight = gathered(self.key_value.weight, alone=self.alone)
@@ -139,19 +146,31 @@ class SelfAttention(AttentionProjections):
             in_parts: the devices along ``sequence`` hold parts of the rows: keys and values of whole rows are gathered, and S
                 counts the whole row's tokens.
         """
+        q_XTNH, k_XTGH, v_XTGH = self.project(x_XTD, positions_XT)
+        if in_parts:
+            k_XTGH, v_XTGH = gather_row(k_XTGH), gather_row(v_XTGH)
+        return self.read(q_XTNH, k_XTGH, v_XTGH, mask, noise)
+
+    def project(self, x_XTD: jax.Array, positions_XT: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Queries [X, T, N, H], keys and values [X, T, G, H] of tokens at these positions (X may be 1: the same in all rows)."""
         shape = self.shape
         part = shape.recompute.part("attention", alone=self.alone)
-        q_XTNH, kv_XT2GH = project_in(x_XTD, self.query, self.project_keys_and_values, part=part)
-        k_XTGH, v_XTGH = kv_XT2GH[:, :, 0], kv_XT2GH[:, :, 1]
+        q_XTNH, (k_XTGH, v_XTGH) = project_in(x_XTD, self.query, self.project_keys_and_values, part=part)
         if shape.positions == "rotary":
             rotary = {"fraction": shape.rotary_fraction, "base": shape.rotary_base, "scale": shape.rotary_scale}
             q_XTNH, k_XTGH = rotate(q_XTNH, positions_XT, **rotary), rotate(k_XTGH, positions_XT, **rotary)
-        q_XTNH, k_XTGH, v_XTGH = name_operands("attention", q_XTNH, k_XTGH, v_XTGH)
-        if in_parts:
-            k_XTGH, v_XTGH = gather_row(k_XTGH), gather_row(v_XTGH)
+        return name_operands("attention", q_XTNH, k_XTGH, v_XTGH)
+
+    def read(
+        self, q_XQNH: jax.Array, k_XSGH: jax.Array, v_XSGH: jax.Array, mask: Mask | None, noise: Noise | None = None
+    ) -> jax.Array:
+        """What queries add to the stream, from keys and values of the same tokens or of others (a cache)."""
+        shape = self.shape
         weights_noise, out_noise = parts(noise, 2)
-        o_XTNH = attend(q_XTNH, k_XTGH, v_XTGH, mask, shape, weights_noise)
-        return dropout(project_out(o_XTNH, self.out, part), shape.dropout, out_noise)
+        o_XQNH = attend(q_XQNH, k_XSGH, v_XSGH, mask, shape, weights_noise)
+        return dropout(
+            project_out(o_XQNH, self.out, shape.recompute.part("attention", alone=self.alone)), shape.dropout, out_noise
+        )
 
 
 class CrossAttention(AttentionProjections):
@@ -166,8 +185,8 @@ class CrossAttention(AttentionProjections):
         shape = dataclasses.replace(self.shape, attention_dropout=self.attention_dropout)
         part = shape.recompute.part("cross", alone=self.alone)
         (q_XQNH,) = project_in(x_XQD, self.query, part=part)
-        kv = gathered_again(self.project_keys_and_values, part.gathers_again)(context_XSD)
-        q_XQNH, k_XSGH, v_XSGH = name_operands("cross", q_XQNH, kv[:, :, 0], kv[:, :, 1])
+        k_XSGH, v_XSGH = gathered_again(self.project_keys_and_values, part.gathers_again)(context_XSD)
+        q_XQNH, k_XSGH, v_XSGH = name_operands("cross", q_XQNH, k_XSGH, v_XSGH)
         weights_noise, out_noise = parts(noise, 2)
         o = attend(q_XQNH, k_XSGH, v_XSGH, mask, shape, weights_noise, name="cross")
         return dropout(project_out(o, self.out, part), shape.dropout, out_noise)

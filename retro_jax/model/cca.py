@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -20,7 +21,6 @@ from retro_jax.model.layers import (
     gathered,
     parameter,
     parts,
-    product,
     project_in,
     project_out,
     rotate,
@@ -68,20 +68,16 @@ class ChunkedCrossAttention(AttentionProjections):
 
     def __call__(self, x_BTD: jax.Array, neighbours: Neighbours, noise: Noise | None) -> jax.Array:
         """What CCA adds to the stream; ``x_BTD``, normed, is this device's share of the tokens."""
-        shape, retro, chunk_len = self.shape, self.retro, self.retro.chunks.chunk_len
+        retro, chunk_len = self.retro, self.retro.chunks.chunk_len
         B, L, K, R, _ = neighbours.encoded_BLKRD.shape
         first_chunk_len = 0 if axis_size(SEQUENCE) > 1 else neighbours.first_chunk_len_B
         weights_noise, out_noise = parts(noise, 2)
-        part = shape.recompute.part("cca")
-        (q_BTNH,) = project_in(x_BTD, lambda x_BTD: self.query(self._mix_queries(x_BTD, neighbours.segments_BT)), part=part)
-        keys_and_values = gathered_again(self._keys_and_values, part.gathers_again)
-        k_XRGH, v_XRGH = (y.reshape(B * L * K, R, *y.shape[-2:]) for y in keys_and_values(neighbours.encoded_BLKRD))
+        q_BTNH = self._queries(x_BTD, lambda x_BTD: self._mix_in_documents(x_BTD, neighbours.segments_BT))
+        k_XRGH, v_XRGH = self._keys_and_values(neighbours.encoded_BLKRD)
         if retro.cca_positions == "rotary":
-            rotary = {"fraction": shape.rotary_fraction, "base": shape.rotary_base, "scale": 1.0}
-            readers_XT = reader_positions(q_BTNH.shape[1], chunk_len, first_chunk_len)
-            q_BTNH = rotate(q_BTNH, readers_XT, **rotary)
-            k_XRGH = rotate(k_XRGH, jnp.arange(R, dtype=jnp.int32)[None, :], **rotary)
-        numbers_BTN = None if weights_noise is None else weights_noise.queries(q_BTNH.shape[2], shape.num_heads)
+            q_BTNH = self._rotate(q_BTNH, reader_positions(q_BTNH.shape[1], chunk_len, first_chunk_len))
+            k_XRGH = self._rotate(k_XRGH, jnp.arange(R, dtype=jnp.int32)[None, :])
+        numbers_BTN = None if weights_noise is None else weights_noise.queries(q_BTNH.shape[2], self.shape.num_heads)
         readers = neighbours.readers
         if readers is not None:
             q_BTNH, first_chunk_len = readers.pack(q_BTNH), 1
@@ -95,32 +91,98 @@ class ChunkedCrossAttention(AttentionProjections):
             None if self.null_logit is None else self.null_logit[...],
             chunk_len=chunk_len,
             first_chunk_len=first_chunk_len,
-            dropout=0.0 if weights_noise is None else shape.attention_dropout,
+            dropout=0.0 if weights_noise is None else self.shape.attention_dropout,
             dropout_key=None if weights_noise is None else weights_noise.key,
             query_numbers_BTN=numbers_BTN,
-            implementation=shape.implementation,
+            implementation=self.shape.implementation,
         )
         if readers is not None:
             o_BTNH = readers.unpack(o_BTNH)
-        y_BTD = dropout(project_out(o_BTNH, self.out, part), shape.dropout, out_noise)
-        gate = self.gate[...] if self.gate is not None else jnp.asarray(retro.gate, y_BTD.dtype)
-        return where_kept(y_BTD * gate, own_tokens(neighbours.reads_BT)[:, :, None])
+        return self._gated(o_BTNH, own_tokens(neighbours.reads_BT), out_noise)
+
+    def keep(self, encoded_BKRD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Keys and values [B, K * R, G, H] of one chunk's encoded neighbours a row, for :meth:`read_kept`."""
+        B, K, R, _ = encoded_BKRD.shape
+        k_XRGH, v_XRGH = self._keys_and_values(encoded_BKRD[:, None])
+        if self.retro.cca_positions == "rotary":
+            k_XRGH = self._rotate(k_XRGH, jnp.arange(R, dtype=jnp.int32)[None, :])
+        return k_XRGH.reshape(B, K * R, *k_XRGH.shape[2:]), v_XRGH.reshape(B, K * R, *v_XRGH.shape[2:])
+
+    def read_kept(
+        self,
+        x_B1D: jax.Array,
+        before_BUD: jax.Array,
+        k_BSGH: jax.Array,
+        v_BSGH: jax.Array,
+        mask_BS: jax.Array,
+        reads_B: jax.Array,
+        since: jax.Array,
+    ) -> jax.Array:
+        """What CCA adds to one token a row, which reads the neighbours of one chunk; as :meth:`__call__` has it for that token.
+
+        Args:
+            x_B1D: the normed stream.
+            before_BUD: of the tokens before, as many as the queries' convolution reaches back (:attr:`reach`); zeros before the
+                first.
+            k_BSGH, v_BSGH: of :meth:`keep`; S = K * R.
+            mask_BS: their valid tokens.
+            reads_B: whether the row's token reads at all.
+            since: int32, how many tokens lie between the chunk's last token and this one; 0 for that token itself.
+        """
+
+        def mix(x_B1D: jax.Array) -> jax.Array:
+            return x_B1D if self.query_conv is None else causal_convolution(x_B1D, gathered(self.query_conv), before_BUD, None)
+
+        q_B1NH = self._queries(x_B1D, mix)
+        if self.retro.cca_positions == "rotary":
+            q_B1NH = self._rotate(q_B1NH, (since + self.retro.chunks.chunk_len - 1)[None, None])
+        o_B1NH = chunked_cross_attention(
+            q_B1NH,
+            k_BSGH[:, None],
+            v_BSGH[:, None],
+            mask_BS[:, None],
+            None if self.null_logit is None else self.null_logit[...],
+            chunk_len=1,
+            first_chunk_len=1,
+            implementation=self.shape.implementation,
+        )
+        return self._gated(o_B1NH, reads_B[:, None], None)
+
+    @property
+    def reach(self) -> int:
+        """How many tokens back a query looks before it reads (U)."""
+        return 0 if self.query_conv is None else self.query_conv.whole[0] - 1
+
+    def _queries(self, x_BTD: jax.Array, mix: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        (q_BTNH,) = project_in(x_BTD, lambda x_BTD: self.query(mix(x_BTD)), part=self.shape.recompute.part("cca"))
+        return q_BTNH
 
     def _keys_and_values(self, e_BLKRD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """[B * L * K, R, G, H] each."""
+        gathers_again = self.shape.recompute.part("cca").gathers_again
+        k, v = gathered_again(self._project_neighbours, gathers_again)(e_BLKRD)
+        return k.reshape(-1, *k.shape[3:]), v.reshape(-1, *v.shape[3:])
+
+    def _project_neighbours(self, e_BLKRD: jax.Array) -> tuple[jax.Array, jax.Array]:
         if self.key_conv is None:
-            kv = self.project_keys_and_values(e_BLKRD)
-            return kv[..., 0, :, :], kv[..., 1, :, :]
-        weight, bias = self.key_value_arrays()
+            return self.project_keys_and_values(e_BLKRD)
         e_XRD = e_BLKRD.reshape(-1, *e_BLKRD.shape[3:])
         mixed = causal_convolution(e_XRD, gathered(self.key_conv), jnp.zeros_like(e_XRD[:, :1]), None)
-        k, v = product(mixed, weight[:, 0]), product(e_XRD, weight[:, 1])
-        return (k, v) if bias is None else (k + bias[None, None, 0], v + bias[None, None, 1])
+        return self.project_keys_and_values(e_BLKRD, mixed.reshape(e_BLKRD.shape))
 
-    def _mix_queries(self, x_BTD: jax.Array, segments_BT: jax.Array) -> jax.Array:
+    def _rotate(self, x_XTNH: jax.Array, positions_XT: jax.Array) -> jax.Array:
+        return rotate(x_XTNH, positions_XT, fraction=self.shape.rotary_fraction, base=self.shape.rotary_base, scale=1.0)
+
+    def _gated(self, o_BTNH: jax.Array, reads_BT: jax.Array, noise: Noise | None) -> jax.Array:
+        """Heads projected back into the stream, gated, and exactly 0 where a token reads nothing."""
+        y_BTD = dropout(project_out(o_BTNH, self.out, self.shape.recompute.part("cca")), self.shape.dropout, noise)
+        gate = self.gate[...] if self.gate is not None else jnp.asarray(self.retro.gate, y_BTD.dtype)
+        return where_kept(y_BTD * gate, reads_BT[:, :, None])
+
+    def _mix_in_documents(self, x_BTD: jax.Array, segments_BT: jax.Array) -> jax.Array:
         if self.query_conv is None:
             return x_BTD
-        reach = self.query_conv.whole[0] - 1
-        last = (x_BTD[:, -reach:], segments_BT[:, -reach:])
+        last = (x_BTD[:, -self.reach :], segments_BT[:, -self.reach :])
         before = jax.tree.map(from_part_before, last)  # a few tokens a row from the part before
         return causal_convolution(x_BTD, gathered(self.query_conv), before[0], (segments_BT, before[1]))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import jax
@@ -86,6 +87,12 @@ class Stack(nnx.Module):
             return nnx.merge(graph, group[0])(x, row, neighbours, own), None
 
         return jax.lax.scan(body, x_BTD, (state, jnp.arange(self.count)))[0]
+
+    def layers(self) -> Iterator[DecoderLayer]:
+        """Every layer of every group in order, with parameters of its own."""
+        graph, state = nnx.split(self.group)
+        for number in range(self.count):
+            yield from nnx.merge(graph, jax.tree.map(lambda a, at=number: a[at], state)).layers
 
 
 def runs(num_layers: int, cca_layers: tuple[int, ...]) -> list[tuple[tuple[bool, ...], int]]:

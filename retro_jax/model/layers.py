@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -150,7 +150,27 @@ def _product_bwd(in_dims: int, kept: tuple[jax.Array, jax.Array], dy: jax.Array)
 product.defvjp(_product_fwd, _product_bwd)
 
 
-def project_in(x_XTD: jax.Array, *linears: Callable[[jax.Array], jax.Array], part: Part) -> tuple[jax.Array, ...]:
+@jax.custom_vjp
+def two_products(x: jax.Array, y: jax.Array, weight_D2O: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """x W[:, 0] and y W[:, 1]. The backward pass keeps W, not its halves."""
+    return product(x, weight_D2O[:, 0]), product(y, weight_D2O[:, 1])
+
+
+def _two_products_fwd(x: jax.Array, y: jax.Array, weight_D2O: jax.Array) -> tuple[tuple[jax.Array, jax.Array], Any]:
+    return two_products(x, y, weight_D2O), (x, y, weight_D2O)
+
+
+def _two_products_bwd(kept: tuple[jax.Array, ...], gradients: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, ...]:
+    x, y, weight_D2O = kept
+    dx, dfirst = _product_bwd(1, (x, weight_D2O[:, 0]), gradients[0])
+    dy, dsecond = _product_bwd(1, (y, weight_D2O[:, 1]), gradients[1])
+    return dx, dy, jnp.stack([dfirst, dsecond], axis=1)
+
+
+two_products.defvjp(_two_products_fwd, _two_products_bwd)
+
+
+def project_in(x_XTD: jax.Array, *linears: Callable[[jax.Array], Any], part: Part) -> tuple[Any, ...]:
     """Projections into heads or columns (column-parallel): of all tokens, into this device's part of the heads or columns.
 
     Args:
@@ -160,7 +180,7 @@ def project_in(x_XTD: jax.Array, *linears: Callable[[jax.Array], jax.Array], par
     """
     x_XTD = checkpoint_name(x_XTD, f"{part.name}_in")
 
-    def compute(x_XTD: jax.Array) -> tuple[jax.Array, ...]:
+    def compute(x_XTD: jax.Array) -> tuple[Any, ...]:
         if not part.alone:
             x_XTD = checkpoint_name(gather_tokens(x_XTD), f"{part.name}_gathered")
         return tuple(linear(x_XTD) for linear in linears)

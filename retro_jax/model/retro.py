@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +84,7 @@ class Retro(nnx.Module):
             B = batch.tokens.shape[0]
             row_numbers_B = (batch_index() * B + jnp.arange(B)).astype(jnp.uint32)
         noises = parts(_tokens_noise(dropout_key, row_numbers_B, batch.tokens.shape[1]), len(self.decoder) + 1)
-        x_BTD = dropout(self._embed(batch.tokens, batch.positions), self.config.dropout, noises[0])
+        x_BTD = dropout(self.embed(batch.tokens, batch.positions), self.config.dropout, noises[0])
         row = Row(causal_mask(batch.segments), batch.positions, row_numbers_B)
         retro = self.config.retro
         active = retro is not None and retrieval and retro.gate != 0.0 and batch.neighbours.shape[2] > 0
@@ -95,6 +95,11 @@ class Retro(nnx.Module):
             else:
                 x_BTD = stack(x_BTD, row, neighbours, noise)
         return x_BTD if self.final_norm is None else self.final_norm(x_BTD)
+
+    def layers(self) -> Iterator[DecoderLayer]:
+        """The decoder's layers in order, each with parameters of its own."""
+        for stack in self.decoder:
+            yield from stack.layers()
 
     def output_table_VD(self) -> jax.Array:
         """The output layer's table [V, D], or this device's part of it: the embedding's where they are tied."""
@@ -122,7 +127,8 @@ class Retro(nnx.Module):
         if self.encoder is not None and self.encoder.position is not None and chunks.retrieved_len < R:
             raise ValueError(f"neighbours of {R} tokens do not fit ChunkConfig.retrieved_len={chunks.retrieved_len}; raise it")
 
-    def _embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+    def embed(self, tokens_BT: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        """The stream [B, T, D] before the first layer."""
         x_BTD = self.embedding(tokens_BT)
         return x_BTD if self.position is None else x_BTD + self.position(positions_BT)
 
@@ -135,17 +141,31 @@ class Retro(nnx.Module):
         assert layer.norm_cca is not None
         noises = parts(noise, 4)
         x_BTD = recomputed(layer.attend, layer.recompute)(x_BTD, row, noises[0])
-        neighbours = self._encode(layer.norm_cca(x_BTD), row, batch, noises[1], places)
+        neighbours = self.encode_chunks(layer.norm_cca(x_BTD), batch, row.numbers_B, noises[1], places)
         return recomputed(layer.finish, layer.recompute)(x_BTD, neighbours, noises[2:]), neighbours
 
-    def _encode(self, normed_BTD: jax.Array, row: Row, batch: Batch, noise: Noise | None, places: int | None) -> Neighbours:
+    def encode_chunks(
+        self,
+        normed_BTD: jax.Array,
+        batch: Batch,
+        row_numbers_B: jax.Array,
+        noise: Noise | None = None,
+        places: int | None = None,
+    ) -> Neighbours:
+        """The encoded neighbours of all chunks, as every CCA layer reads them.
+
+        Args:
+            normed_BTD: the decoder's normed states at the first CCA layer, which condition the encoder.
+            batch: its neighbours, segments and first_chunk_len.
+            row_numbers_B, noise, places: as of :meth:`__call__`; they matter to dropout and to packed chunks.
+        """
         retro, encoder = self.config.retro, self.encoder
         assert retro is not None and encoder is not None
         L = batch.neighbours.shape[1]
         C = retro.chunks.chunk_len
         alone = places is None and encodes_own_chunks(encoder, batch, normed_BTD)
         hide_noise, encoder_noise = parts(noise, 2)
-        numbers_BL = _places(row.numbers_B, L)
+        numbers_BL = _places(row_numbers_B, L)
         mask_BLKR = batch.neighbour_mask
         if retro.neighbour_dropout > 0.0 and hide_noise is not None:
             shown_BL1 = kept(hide_noise.key, retro.neighbour_dropout, numbers_BL, 1)
@@ -265,6 +285,24 @@ def with_vocab(config: ModelConfig, tokenizer_size: int) -> ModelConfig:
             f"ModelConfig.vocab_size={config.vocab_size} is below the tokenizer's {tokenizer_size}; raise it, or leave it None"
         )
     return config
+
+
+def unstacked(model: Retro) -> Retro:
+    """The same model with a stack for every layer: nothing is sliced out of a stack where layers run one token at a time.
+
+    It computes what ``model`` computes, and holds the decoder's parameters a second time.
+    """
+    graph, state = nnx.split(model)
+    single = nnx.merge(graph, state)
+    cca_layers = model.config.cca_layers
+    stacks = []
+    for number, layer in enumerate(model.layers(), 1):
+        layer_graph, layer_state = nnx.split(layer)
+        stack = nnx.eval_shape(lambda cca=number in cca_layers: Stack(model.config, (cca,), 1, key=jax.random.key(0)))
+        stack.group.layers[0] = nnx.merge(layer_graph, jax.tree.map(lambda a: a[None], layer_state))
+        stacks.append(stack)
+    single.decoder = nnx.List(stacks)
+    return single
 
 
 def count_parameters(config: ModelConfig) -> int:

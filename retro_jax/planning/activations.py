@@ -203,7 +203,6 @@ class _Layer:
             self.also("cca_query mixed", (self.all_tokens + before) * width)
             self.also("cca_query before", before, size=4)
             self.also("cca_key mixed", (2 * keys + chunks * place.neighbours) * encoded_width)
-            self.also("cca_key_value weights", 2 * encoded_width * self.groups * self.shape.head_dim)
         if retro.cca_positions == "rotary":
             self.rotary("cca", self.length, place.retrieved_len)
         self.operands("cca", keys, queries=queries)

@@ -19,6 +19,7 @@ from retro_jax.errors import UserError
 from retro_jax.parallel.layout import make_layout
 from retro_jax.parallel.processes import Agreement, are_several, is_first
 from retro_jax.progress import Bar, progress_bar
+from retro_jax.sole_writer import sole_writer
 from retro_jax.training.capacity import encoded_share, refuse_too_full
 from retro_jax.training.checkpoint import About, Checkpoints
 from retro_jax.training.flops import peak_flops, train_flops
@@ -68,13 +69,15 @@ def fit(job: Job, batches: grain.DatasetIterator, valid_batches: ValidBatches | 
         How many steps were run now; 0 where nothing was left to do.
 
     Raises:
-        UserError: a checkpoint is corrupted or of another model, or the loss is not finite.
+        UserError: a checkpoint is corrupted or of another model, another process trains in the folder, or the loss is not finite.
         SystemExit: with code 0, after SIGTERM and a checkpoint.
         KeyboardInterrupt: after SIGINT and a checkpoint.
     """
     train = job.config.training
     job.folder.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
+        if is_first():
+            stack.enter_context(sole_writer(job.folder))
         checkpoints = stack.enter_context(Checkpoints(job.folder / CHECKPOINTS, train.keep))
         stack.callback(batches.close)
         latest = checkpoints.latest or 0

@@ -12,13 +12,15 @@ from flax import nnx
 from retro_jax.config import TrainConfig
 from retro_jax.data.batch import Batch
 from retro_jax.errors import UserError
-from retro_jax.evaluation.chunk_neighbours import ChunkNeighbours
 from retro_jax.evaluation.likelihood import Continuation, LogLikelihood, Scorer
+from retro_jax.evaluation.remembered import RememberingRetriever
+from retro_jax.generation.neighbours import Found
 from retro_jax.model import Retro
 from retro_jax.model.grid import trailing_first_chunk_len
 from tests.model.build import CHUNKS, C, K, R, gpt, randomised, run, small
 
 V, LONGEST = 64, 29
+LookUp = Callable[[Sequence[np.ndarray]], tuple[np.ndarray, np.ndarray]]
 CONFIG = TrainConfig(loss_chunk=48)
 
 
@@ -53,7 +55,7 @@ def drawn(count: int, seed: int = 0) -> list[Continuation]:
     return made
 
 
-def log_probabilities(model: Retro, one: Continuation, look_up: ChunkNeighbours | None) -> np.ndarray:
+def log_probabilities(model: Retro, one: Continuation, look_up: LookUp | None) -> np.ndarray:
     """Of every token of the vocabulary at each place of the continuation, [tokens, V]: the row alone, unpadded."""
     tokens = np.array((*one.context, *one.tokens)[:-1], np.int32)
     T, first = len(tokens), trailing_first_chunk_len(len(one.context), C)
@@ -78,18 +80,30 @@ def log_probabilities(model: Retro, one: Continuation, look_up: ChunkNeighbours 
     return logits_TV[-len(one.tokens) :]
 
 
-def expected(model: Retro, one: Continuation, look_up: ChunkNeighbours | None) -> LogLikelihood:
+def expected(model: Retro, one: Continuation, look_up: LookUp | None) -> LogLikelihood:
     found_TV = log_probabilities(model, one, look_up)
     nats = sum(found_TV[place, token] for place, token in enumerate(one.tokens))
     return LogLikelihood(float(nats), found_TV.argmax(-1).tolist() == list(one.tokens))
 
 
-def scorer(model: Retro, **settings) -> Scorer:
-    return Scorer(model, CONFIG, **{"longest": LONGEST, "batch_size": 4, **settings})
+class Retrieves:
+    """A retriever out of a function."""
+
+    def __init__(self, look_up: LookUp) -> None:
+        self._look_up = look_up
+
+    def find(self, queries: Sequence[np.ndarray]) -> Found:
+        tokens_QKR, mask_QKR = self._look_up(queries)
+        return Found(tokens_QKR, mask_QKR, np.zeros((len(queries), K), np.int64), np.zeros((len(queries), K), np.float32))
+
+
+def scorer(model: Retro, neighbours: LookUp | None = None, batch_size: int = 4) -> Scorer:
+    retriever = None if neighbours is None else RememberingRetriever(Retrieves(neighbours))
+    return Scorer(model, CONFIG, longest=LONGEST, batch_size=batch_size, retriever=retriever)
 
 
 @pytest.mark.parametrize("look_up", [None, neighbours_of], ids=["without", "with neighbours"])
-def test_equals_the_model_on_single_rows(retro: Retro, look_up: ChunkNeighbours | None) -> None:
+def test_equals_the_model_on_single_rows(retro: Retro, look_up: LookUp | None) -> None:
     asked = drawn(7)
     found = scorer(retro, neighbours=look_up)(asked)
     for one, likelihood in zip(asked, found, strict=True):
