@@ -13,10 +13,11 @@ def main() -> int:
         "python eval.py",
         "perplexity: the trained models of a workdir by loss, perplexity and bits per byte of whole held-out documents, with "
         "retrieval on, off and shuffled, and by overlap with the training text. retrieval: how often the passage that answers a "
-        "question of EvalConfig.questions is among the nearest; no model is needed.",
+        "question of EvalConfig.questions is among the nearest; no model is needed. harness: the models on tasks of "
+        "lm-evaluation-harness (HarnessConfig).",
         "python eval.py --config quickstart --workdir runs/quickstart --task perplexity --set EvalConfig.split=valid",
     )
-    tasks = ("perplexity", "retrieval")
+    tasks = ("perplexity", "retrieval", "harness")
     parser.add_argument("--task", choices=tasks, default="perplexity", help="what to measure (default: perplexity)")
     parser.add_argument(
         "--checkpoint", default="latest", metavar="latest|best|STEP", help="which checkpoint of each model (default: latest)"
@@ -27,7 +28,7 @@ def main() -> int:
 
 def execute(run: Run, arguments: argparse.Namespace) -> None:
     """Build what data are missing, load the models, evaluate, print and write."""
-    {"perplexity": perplexity, "retrieval": retrieval}[arguments.task](run, arguments)
+    {"perplexity": perplexity, "retrieval": retrieval, "harness": harness}[arguments.task](run, arguments)
     print(f"written to {run.workdir}/evaluation")
 
 
@@ -57,6 +58,19 @@ def retrieval(run: Run, arguments: argparse.Namespace) -> None:
     if not (run.workdir / STORED_TEXT).exists():
         store_config(run)
     print_recall(evaluate_retrieval(run.config, database, sets, run.workdir / "evaluation"), report_console())
+
+
+def harness(run: Run, arguments: argparse.Namespace) -> None:
+    """Of trained models, on tasks of lm-evaluation-harness."""
+    from retro_jax.evaluation.harness_tasks import refuse_without_lm_eval
+
+    refuse_without_lm_eval()
+    from retro_jax.evaluation.harness_run import evaluate_run
+    from retro_jax.host_memory import keep_freed_memory
+
+    refuse_other_config(run)
+    keep_freed_memory()
+    evaluate_run(run.config, run.workdir, run.data_dir, report_console(), arguments.checkpoint)
 
 
 if __name__ == "__main__":

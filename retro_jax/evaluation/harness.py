@@ -69,12 +69,12 @@ class RetroLM(TemplateLM):
 
     @classmethod
     def create_from_arg_obj(cls, arg_dict: dict, additional_config: dict | None = None) -> RetroLM:
-        """The model of a run: see :func:`retro_jax.evaluation.harness_run.open_run`. Of lm_eval's own settings only
+        """The model of a run: see :func:`retro_jax.evaluation.harness_models.open_run`. Of lm_eval's own settings only
         ``batch_size`` counts."""
-        from retro_jax.evaluation.harness_run import open_run
+        from retro_jax.evaluation.harness_models import open_run
 
         batch_size = (additional_config or {}).get("batch_size")
-        return open_run(**arg_dict, **({} if batch_size is None else {"batch_size": int(batch_size)}))
+        return open_run(**{"batch_size": None if batch_size is None else int(batch_size), **arg_dict})
 
     @property
     def eot_token_id(self) -> int:

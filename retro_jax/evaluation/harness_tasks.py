@@ -14,6 +14,7 @@ does not end with "Answer:" gets that on a line of its own. A field ``passages``
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -70,6 +71,15 @@ SHAPES = (
         ("word_perplexity", "byte_perplexity", "bits_per_byte"),
     ),
 )
+
+
+def refuse_without_lm_eval() -> None:
+    """Raise a UserError where lm_eval is not installed."""
+    missing = [name for name in ("lm_eval", "datasets") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(
+            f"lm-evaluation-harness is not installed ({missing[0]} is missing); install it with pip install 'retro-jax[harness]'"
+        )
 
 
 def load_tasks(names: Sequence[str], *, fewshot: int | None, seed: int) -> Mapping[str, Any]:
