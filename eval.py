@@ -1,28 +1,38 @@
-"""Evaluate the trained models of a workdir on held-out documents, or its database on questions."""
+"""Evaluate the trained models of a workdir on held-out documents, questions and tasks, or its database on questions."""
 
 import argparse
 import sys
 
-from retro_jax.cli import STORED_TEXT, Run, argument_parser, exit_code, refuse_other_config, report_console, run_of, store_config
-from retro_jax.errors import UserError
+from retro_jax.cli import (
+    STORED_TEXT,
+    Run,
+    argument_parser,
+    exit_code,
+    refuse_other_config,
+    refuse_untrained,
+    report_console,
+    run_of,
+    store_config,
+)
+
+TASKS = {
+    "perplexity": "loss, perplexity and bits per byte of whole held-out documents, with retrieval on, off and shuffled, and by "
+    "overlap with the training text",
+    "qa": "answers to QaConfig.questions, closed book or with passages in the prompt, in the encoder, or in both",
+    "text-quality": "repetition and variety of sampled texts (TextQualityConfig)",
+    "harness": "HarnessConfig.tasks, by lm-evaluation-harness",
+    "retrieval": "how often the passage that answers a question of EvalConfig.questions is among the nearest; no model is needed",
+}
 
 
 def main() -> int:
     """The command; returns its exit code."""
     parser = argument_parser(
         "python eval.py",
-        "perplexity: the trained models of a workdir by loss, perplexity and bits per byte of whole held-out documents, with "
-        "retrieval on, off and shuffled, and by overlap with the training text. qa: answers to QaConfig.questions, closed book "
-        "or with passages in the prompt, in the encoder, or in both. text-quality: repetition and variety of sampled texts. "
-        "retrieval: how often the passage that answers a question of EvalConfig.questions is among the nearest, without a model.",
+        "Evaluate the trained models of a workdir.\n\n" + "\n".join(f"  {task}: {what}" for task, what in TASKS.items()),
         "python eval.py --config quickstart --workdir runs/quickstart --task perplexity --set EvalConfig.split=valid",
     )
-    parser.add_argument(
-        "--task",
-        choices=("perplexity", "qa", "text-quality", "retrieval"),
-        default="perplexity",
-        help="what to measure (default: perplexity)",
-    )
+    parser.add_argument("--task", choices=TASKS, default="perplexity", help="what to measure (default: perplexity)")
     parser.add_argument(
         "--checkpoint", default="latest", metavar="latest|best|STEP", help="which checkpoint of each model (default: latest)"
     )
@@ -32,14 +42,13 @@ def main() -> int:
 
 def execute(run: Run, arguments: argparse.Namespace) -> None:
     """Build what data are missing, load the models, evaluate, print and write."""
-    retrieval(run) if arguments.task == "retrieval" else of_models(run, arguments)
+    {"retrieval": retrieval, "harness": harness}.get(arguments.task, of_models)(run, arguments)
     print(f"written to {run.workdir}/evaluation")
 
 
 def of_models(run: Run, arguments: argparse.Namespace) -> None:
-    """Of trained models."""
-    if not run.workdir.is_dir():
-        raise UserError(f"--workdir {run.workdir} is not there; train first: python train.py --config {arguments.config}")
+    """Of trained models, on held-out documents and questions."""
+    refuse_untrained(run, arguments.config)
     # JAX and what else takes seconds to import comes after the arguments are checked.
     from retro_jax.evaluation.trained import assess_trained, evaluate_trained, examine_trained
     from retro_jax.host_memory import keep_freed_memory
@@ -48,14 +57,25 @@ def of_models(run: Run, arguments: argparse.Namespace) -> None:
     refuse_other_config(run)
     keep_freed_memory()
     prepared = prepare(run.config, run.data_dir, join=False)
-    if arguments.task == "perplexity":
-        evaluate_trained(run.config, prepared, run.workdir, report_console(), arguments.checkpoint)
-    else:
-        task = {"qa": examine_trained, "text-quality": assess_trained}[arguments.task]
-        task(run.config, prepared, run.data_dir, run.workdir, report_console(), arguments.checkpoint)
+    task = {"perplexity": evaluate_trained, "qa": examine_trained, "text-quality": assess_trained}[arguments.task]
+    task(run.config, prepared, run.data_dir, run.workdir, report_console(), arguments.checkpoint)
 
 
-def retrieval(run: Run) -> None:
+def harness(run: Run, arguments: argparse.Namespace) -> None:
+    """Of trained models, on tasks of lm-evaluation-harness."""
+    from retro_jax.evaluation.harness_tasks import refuse_without_lm_eval
+
+    refuse_without_lm_eval()
+    refuse_untrained(run, arguments.config)
+    from retro_jax.evaluation.harness_run import evaluate_run
+    from retro_jax.host_memory import keep_freed_memory
+
+    refuse_other_config(run)
+    keep_freed_memory()
+    evaluate_run(run.config, run.data_dir, run.workdir, report_console(), arguments.checkpoint)
+
+
+def retrieval(run: Run, arguments: argparse.Namespace) -> None:
     """Of the database, which is built where it is missing, without neighbours."""
     from retro_jax.evaluation.retrieval import evaluate_retrieval, print_recall, read_questions
     from retro_jax.prepare import prepare_database

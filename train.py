@@ -57,7 +57,7 @@ def execute(run: Run, arguments: argparse.Namespace) -> None:
     print(config_text(run.config))
     train_all(run.config, prepared, run.workdir, config_text=config_text(run.config))
     if not are_several():  # else eval.py does it, in one process
-        evaluate_trained(run.config, prepared, run.workdir, report_console())
+        evaluate_trained(run.config, prepared, run.data_dir, run.workdir, report_console())
     print(closing_words(run, arguments))
 
 

@@ -35,6 +35,7 @@ FREE_CLASSES = (
     "GenerateConfig",
     "QaConfig",
     "TextQualityConfig",
+    "HarnessConfig",
     "MeshConfig",
     "ExecutorConfig",
 )

@@ -25,6 +25,7 @@ from retro_jax.config.data import (
 from retro_jax.config.evaluation import QaConfig, QaMode, TextQualityConfig
 from retro_jax.config.executor import ExecutorConfig
 from retro_jax.config.generation import GenerateConfig, GridMode, RetrievalMode
+from retro_jax.config.harness import HarnessConfig
 from retro_jax.config.mesh import MeshConfig
 from retro_jax.config.model import Activation, EncoderConfig, Implementation, ModelConfig, Norm, Positions, RetroConfig
 from retro_jax.config.recompute import Part, Recompute, RecomputePolicy
@@ -46,6 +47,7 @@ __all__ = [
     "ExecutorConfig",
     "GenerateConfig",
     "GridMode",
+    "HarnessConfig",
     "Implementation",
     "MeshConfig",
     "Metric",

@@ -9,6 +9,7 @@ from retro_jax.config.checks import check
 from retro_jax.config.data import ChunkConfig, CorpusConfig, DataConfig, RetrievalConfig, TokenizerConfig
 from retro_jax.config.evaluation import QaConfig, TextQualityConfig
 from retro_jax.config.generation import GenerateConfig
+from retro_jax.config.harness import HarnessConfig
 from retro_jax.config.mesh import MeshConfig
 from retro_jax.config.model import ModelConfig
 from retro_jax.config.training import EvalConfig, OptimizerConfig, TrainConfig
@@ -32,6 +33,7 @@ class Config:
     generation: GenerateConfig = field(default_factory=GenerateConfig)
     qa: QaConfig = field(default_factory=QaConfig)
     text_quality: TextQualityConfig = field(default_factory=TextQualityConfig)
+    harness: HarnessConfig = field(default_factory=HarnessConfig)
 
     def __post_init__(self) -> None:
         m = self.chunks.chunk_len
@@ -83,7 +85,7 @@ class Config:
                 "or trained='all'",
             )
         if self.model.positions == "learned":
-            longest = max(self.data.seq_len, self.evaluation.window)
+            longest = max(self.data.seq_len, self.evaluation.window, self.harness.max_tokens or 0)
             check(
                 self.model.max_positions >= longest,
                 f"ModelConfig.max_positions={self.model.max_positions} is below the longest row, {longest}; raise it",

@@ -31,12 +31,15 @@ from retro_jax.training.checkpoint import LATEST
 from retro_jax.training.trained import load_trained
 
 
-def evaluate_trained(config: Config, prepared: Prepared, workdir: Path, console: Console, which: str | int = LATEST) -> None:
+def evaluate_trained(
+    config: Config, prepared: Prepared, data_dir: Path, workdir: Path, console: Console, which: str | int = LATEST
+) -> None:
     """Evaluate the models of a workdir, write the results to ``<workdir>/evaluation`` and print the table.
 
     Args:
         config: names the models and says how to evaluate.
         prepared: tokenizer, held-out documents and neighbours.
+        data_dir: where these are.
         workdir: holds ``models/``.
         console: takes the table.
         which: checkpoints "latest", "best", or a step.

@@ -54,7 +54,9 @@ class DatabaseRetriever:
 
     def find(self, queries: Sequence[np.ndarray]) -> Found:
         """See :class:`Retriever`."""
-        ids_QS, distances_QS = self.database.nearest_chunks(self._tokenizer.decode_batch(queries), self._wanted)
+        texts = self._tokenizer.decode_batch(queries)
+        ids_QS, distances_QS = self.database.nearest_chunks(texts, self._wanted)
+        ids_QS[[not text.strip() for text in texts]] = -1  # BOS alone: there is nothing to look for
         if self._keep != KEEP_ALL:
             ids_QS = np.where(self._passes(queries, ids_QS), ids_QS, -1)
         first_QK = np.argsort(ids_QS < 0, axis=1, kind="stable")[:, : self._chunks.num_neighbours]

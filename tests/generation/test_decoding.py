@@ -102,7 +102,9 @@ def test_random_lengths_batches_and_steps(seed: int) -> None:
     model = model_of(FORMS["rotary, conditioned"])
     prompts = prompts_of(seed, tuple(random.integers(1, 21, 7).tolist()))
     step = int(random.integers(1, C + 1))
-    config = dataclasses.replace(GREEDY, retrieval_step=step, batch_size=int(random.integers(1, 6)), burst=int(random.integers(1, 9)))
+    config = dataclasses.replace(
+        GREEDY, retrieval_step=step, batch_size=int(random.integers(1, 6)), burst=int(random.integers(1, 9))
+    )
     engine, _ = engine_of(model, config)
     for prompt, completion in zip(prompts, engine.complete(prompts), strict=True):
         check_by_full_forward(model, prompt, completion, step)
