@@ -18,6 +18,8 @@ from retro_jax.model.attention import causal_mask
 from retro_jax.model.cca import ChunkedCrossAttention, causal_convolution
 from retro_jax.model.layers import rotate
 
+PADDED = 32
+
 
 def logits_by_table(model: Retro, tokens_T: np.ndarray, sets: Sequence[tuple[int, np.ndarray, Found]]) -> np.ndarray:
     """Logits [T, V] of one row.
@@ -25,8 +27,8 @@ def logits_by_table(model: Retro, tokens_T: np.ndarray, sets: Sequence[tuple[int
     Args:
         model: any.
         tokens_T: the row.
-        sets: (end, text, neighbours): from token end - 1 on, until the next set's, tokens read these neighbours, encoded given the
-            states of the tokens of the text, which ends there.
+        sets: (end, text, neighbours): from token end - 1 on, until the next set's, tokens read these neighbours, encoded given
+            the states of the tokens of the text, which ends there.
     """
     graph, state = nnx.split(model)
     sizes = tuple((end, len(text)) for end, text, _ in sets)
@@ -35,9 +37,11 @@ def logits_by_table(model: Retro, tokens_T: np.ndarray, sets: Sequence[tuple[int
 
 
 def _logits(graph, state, tokens_T, neighbours, sizes):
-    model, T = nnx.merge(graph, state), len(tokens_T)
-    segments_1T, positions_1T = jnp.ones((1, T), jnp.int32), jnp.arange(T, dtype=jnp.int32)[None]
-    x_1TD = model.embed(jnp.asarray(tokens_T)[None], positions_1T)
+    model = nnx.merge(graph, state)
+    T = -(-len(tokens_T) // PADDED) * PADDED  # one length for many: what runs is compiled for each
+    inside_1T = (np.arange(T) < len(tokens_T))[None]
+    segments_1T, positions_1T = jnp.asarray(inside_1T.astype(np.int32)), jnp.asarray((np.arange(T) * inside_1T).astype(np.int32))
+    x_1TD = model.embed(jnp.pad(jnp.asarray(tokens_T), (0, T - len(tokens_T)))[None], positions_1T)
     encoded = None
     for layer in model.layers():
         x_1TD = x_1TD + layer.attention(layer.norm_attention(x_1TD), causal_mask(segments_1T), positions_1T, None)
@@ -45,10 +49,10 @@ def _logits(graph, state, tokens_T, neighbours, sizes):
             normed_1TD = layer.norm_cca(x_1TD)
             if encoded is None:
                 encoded = [_encode(model, normed_1TD, *of, *size) for of, size in zip(neighbours, sizes, strict=True)]
-            x_1TD = x_1TD + _read(layer.cca, normed_1TD, encoded, [end for end, _ in sizes])
+            x_1TD = x_1TD + _read(layer.cca, normed_1TD, encoded, [end for end, _ in sizes], len(tokens_T))
         x_1TD = layer.finish(x_1TD, None, [None, None])
     hidden_1TD = x_1TD if model.final_norm is None else model.final_norm(x_1TD)
-    return jnp.einsum("td,vd->tv", hidden_1TD[0], model.output_table_VD())
+    return jnp.einsum("td,vd->tv", hidden_1TD[0], model.output_table_VD())[: len(tokens_T)]
 
 
 def _encode(model: Retro, normed_1TD: jax.Array, tokens_KR: np.ndarray, mask_KR: np.ndarray, end: int, length: int):
@@ -64,21 +68,21 @@ def _encode(model: Retro, normed_1TD: jax.Array, tokens_KR: np.ndarray, mask_KR:
     return neighbours.encoded_BLKRD[0, 0], neighbours.mask_BLKR[0, 0], bool(mask_KR.any())
 
 
-def _read(cca: ChunkedCrossAttention, normed_1TD: jax.Array, encoded: list, ends: list[int]) -> jax.Array:
+def _read(cca: ChunkedCrossAttention, normed_1TD: jax.Array, encoded: list, ends: list[int], length: int) -> jax.Array:
     """Token by token, by the definition: 0 where nothing is read."""
-    T, C = normed_1TD.shape[1], cca.retro.chunks.chunk_len
+    C = cca.retro.chunks.chunk_len
     mixed_1TD = normed_1TD
     if cca.query_conv is not None:
         mixed_1TD = causal_convolution(normed_1TD, cca.query_conv[...], jnp.zeros_like(normed_1TD[:, :1]), None)
     queries_1TNH = cca.query(mixed_1TD)
     reads = []
-    for token in range(T):
+    for token in range(length):
         read = [number for number, end in enumerate(ends) if end - 1 <= token]
         if not read or not encoded[read[-1]][2]:
             reads.append(jnp.zeros_like(normed_1TD[0, 0]))
             continue
         states_KRD, mask_KR, _ = encoded[read[-1]]
-        K, R, D = states_KRD.shape
+        K, R, _ = states_KRD.shape
         q_11NH, place = queries_1TNH[:, token : token + 1], token - (ends[read[-1]] - 1) + C - 1
         keys_of = states_KRD
         if cca.key_conv is not None:
@@ -93,4 +97,4 @@ def _read(cca: ChunkedCrossAttention, normed_1TD: jax.Array, encoded: list, ends
         o_11NH = attention(q_11NH, k_1SGH, v_1SGH, KeyMask(mask_KR.reshape(1, K * R)), null)
         gate = cca.gate[...] if cca.gate is not None else cca.retro.gate
         reads.append((cca.out(o_11NH) * gate)[0, 0])
-    return jnp.stack(reads)[None]
+    return jnp.pad(jnp.stack(reads), ((0, normed_1TD.shape[1] - length), (0, 0)))[None]
