@@ -3,8 +3,17 @@
 import argparse
 import sys
 
-from retro_jax.cli import STORED_TEXT, Run, argument_parser, exit_code, refuse_other_config, report_console, run_of, store_config
-from retro_jax.errors import UserError
+from retro_jax.cli import (
+    STORED_TEXT,
+    Run,
+    argument_parser,
+    exit_code,
+    refuse_other_config,
+    refuse_untrained,
+    report_console,
+    run_of,
+    store_config,
+)
 
 
 def main() -> int:
@@ -13,8 +22,8 @@ def main() -> int:
         "python eval.py",
         "perplexity: the trained models of a workdir by loss, perplexity and bits per byte of whole held-out documents, with "
         "retrieval on, off and shuffled, and by overlap with the training text. retrieval: how often the passage that answers a "
-        "question of EvalConfig.questions is among the nearest; no model is needed. harness: the models on tasks of "
-        "lm-evaluation-harness (HarnessConfig).",
+        "question of EvalConfig.questions is among the nearest; no model is needed. harness: the models on HarnessConfig.tasks, "
+        "by lm-evaluation-harness.",
         "python eval.py --config quickstart --workdir runs/quickstart --task perplexity --set EvalConfig.split=valid",
     )
     tasks = ("perplexity", "retrieval", "harness")
@@ -34,8 +43,7 @@ def execute(run: Run, arguments: argparse.Namespace) -> None:
 
 def perplexity(run: Run, arguments: argparse.Namespace) -> None:
     """Of trained models."""
-    if not run.workdir.is_dir():
-        raise UserError(f"--workdir {run.workdir} is not there; train first: python train.py --config {arguments.config}")
+    refuse_untrained(run, arguments.config)
     # JAX and what else takes seconds to import comes after the arguments are checked.
     from retro_jax.evaluation.trained import evaluate_trained
     from retro_jax.host_memory import keep_freed_memory
@@ -65,6 +73,7 @@ def harness(run: Run, arguments: argparse.Namespace) -> None:
     from retro_jax.evaluation.harness_tasks import refuse_without_lm_eval
 
     refuse_without_lm_eval()
+    refuse_untrained(run, arguments.config)
     from retro_jax.evaluation.harness_run import evaluate_run
     from retro_jax.host_memory import keep_freed_memory
 
