@@ -161,8 +161,8 @@ class Scorer:
         if cut and not self._told_cut:
             self._told_cut = True
             print(
-                f"{name or 'model'}: {cut:,} of {len(asked):,} rows are longer than {self.longest} tokens and lose their beginning "
-                "(HarnessConfig.max_tokens)",
+                f"{name or 'model'}: {cut:,} of {len(asked):,} rows are longer than {self.longest} tokens and lose their "
+                "beginning (HarnessConfig.max_tokens)",
                 file=sys.stderr,
             )
         return by_row
