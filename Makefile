@@ -2,6 +2,7 @@
 # make test         the tests (under 15 minutes on 2 cores); TESTS=tests/corpus for a part of them
 # make test-all     the slow ones too, on this Python and on Python 3.12 where there is one; continues where it stopped
 # make test-cuda    the tests that compile for GPUs, on a machine that needs none (installs 4.4 GB into .venv-cuda)
+# make test-harness  the adapter to lm-evaluation-harness (installs it into .venv-harness)
 # make lint         ruff and mypy
 # make goldens      write the golden files anew; read the diff
 # make constraints  write constraints.txt from what is installed in .venv and .venv-3.12
@@ -19,7 +20,7 @@ BIN312 := .venv-3.12/bin
 INSTALL := -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt
 
-.PHONY: quickstart install install-dev test test-all test-cuda lint goldens constraints
+.PHONY: quickstart install install-dev test test-all test-cuda test-harness lint goldens constraints
 
 quickstart: install
 	$(BIN)/python train.py --config configs/quickstart.gin
@@ -38,6 +39,9 @@ endif
 
 test-cuda: .venv-cuda/.dev
 	.venv-cuda/bin/python -m pytest -m cuda tests/planning
+
+test-harness: .venv-harness/.dev
+	.venv-harness/bin/python -m pytest -m harness tests/evaluation
 
 lint: install-dev
 	$(BIN)/ruff check .
@@ -71,6 +75,12 @@ install-dev: .venv/.dev
 .venv-cuda/.dev: $(SOURCES)
 	$(PYTHON) -m venv .venv-cuda
 	.venv-cuda/bin/python $(INSTALL) --editable '.[cpu,dev,cuda]'
+	touch $@
+
+# Without constraints, whose versions lm_eval need not take.
+.venv-harness/.dev: $(SOURCES)
+	$(PYTHON) -m venv .venv-harness
+	.venv-harness/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[cpu,dev,harness]'
 	touch $@
 
 .venv-3.12/.dev: $(SOURCES)

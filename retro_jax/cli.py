@@ -123,6 +123,12 @@ def refuse_other_config(run: Run) -> None:
             print(f"{name} was {old} in the last run in {run.workdir}, now it is {new}")
 
 
+def refuse_untrained(run: Run, config: str) -> None:
+    """Raise a UserError where there is no run yet; ``config`` is what the user named."""
+    if not run.workdir.is_dir():
+        raise UserError(f"--workdir {run.workdir} is not there; train first: python train.py --config {config}")
+
+
 def store_config(run: Run) -> None:
     """Write the resolved config to the workdir, as gin and as JSON."""
     run.workdir.mkdir(parents=True, exist_ok=True)

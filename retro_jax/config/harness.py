@@ -16,15 +16,15 @@ class HarnessConfig:
     ``tasks``: files or folders of JSON lines (:mod:`retro_jax.evaluation.harness_tasks` tells their shapes), task files of
     lm_eval (``.yaml``), and names of lm_eval's own tasks, whose data it downloads. ``retrieval``: what a model with retrieval
     reads, each a column of the result: "live" the nearest training chunks of its row's chunks, "given" the texts in the field
-    ``passages`` of each document, "none". ``fewshot`` examples stand before each question, drawn by ``seed``. ``limit``: so many
-    documents of each task; None: all. Rows longer than ``max_tokens`` lose tokens at the left; None: ``DataConfig.seq_len``. A
-    task that does not say how much is generated gets ``max_new_tokens``. ``bootstrap_samples``: for the standard errors of what
-    is no mean.
+    ``passages`` of each document, "none". ``fewshot`` examples stand before each question, drawn by ``seed``; None: as the task
+    says, of local files none. ``limit``: so many documents of each task; None: all. Rows longer than ``max_tokens`` lose tokens
+    at the left; None: ``DataConfig.seq_len``. A task that does not say how much is generated gets ``max_new_tokens``.
+    ``bootstrap_samples``: for the standard errors of what is no mean.
     """
 
     tasks: tuple[str, ...] = ()
     retrieval: tuple[RetrievalMode, ...] = ("live", "none")
-    fewshot: int = 0
+    fewshot: int | None = None
     limit: int | None = None
     batch_size: int = 16
     max_tokens: int | None = None
@@ -38,7 +38,7 @@ class HarnessConfig:
             if getattr(self, name) is not None:
                 check_positive(self, name)
         for name in ("fewshot", "seed"):
-            check(getattr(self, name) >= 0, f"HarnessConfig.{name}={getattr(self, name)} must not be negative")
+            check((getattr(self, name) or 0) >= 0, f"HarnessConfig.{name}={getattr(self, name)} must not be negative")
         modes = get_args(RetrievalMode)
         check(
             len(self.retrieval) > 0 and all(mode in modes for mode in self.retrieval),

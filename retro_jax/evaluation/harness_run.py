@@ -84,8 +84,9 @@ def evaluate_harness(opened: Opened, folder: Path) -> dict:
         "versions": {name: version(name) for name in VERSIONS},
         "device": jax.devices()[0].device_kind,
     }
-    write_text(folder / "harness.json", json.dumps(result, indent=2) + "\n")
-    return result
+    text = json.dumps(result, indent=2) + "\n"
+    write_text(folder / "harness.json", text)
+    return json.loads(text)
 
 
 def _rows(name: str, model: Retro, modes: Sequence[RetrievalMode]) -> Iterator[tuple[str, RetrievalMode]]:

@@ -201,6 +201,8 @@ def _document(fields: Any, shape: Shape | None, where: str) -> dict[str, Any]:
             raise UserError(f"{where} has gold={document['gold']}, but choices 0 to {len(choices) - 1}; mend it or leave it out")
     if "query" in document:
         document["query"] = _asked(document["query"])
+    if "context" in document:  # lm_eval puts a blank before choices, and none before this
+        document["continuation"] = f" {document['continuation'].lstrip(' ')}"
     return document
 
 

@@ -121,7 +121,7 @@ class Scorer:
         Raises:
             UserError: a continuation is longer than a row, has no tokens or no context, or its likelihood is not finite.
         """
-        by_row = self._rows(asked)
+        by_row = self._rows(asked, name)
         rows = sorted(by_row, key=lambda row: (-len(row.tokens), row))
         batches = [rows[start : start + self._batch_size] for start in range(0, len(rows), self._batch_size)]
         known = {one: kept.get(one) for one in asked} if kept is not None else {}
@@ -136,7 +136,7 @@ class Scorer:
                 bar.advance(note=f"rows of {made.tokens.shape[1]} tokens")
         return [found[one] for one in asked]
 
-    def _rows(self, asked: Sequence[Continuation]) -> dict[_Row, list[Continuation]]:
+    def _rows(self, asked: Sequence[Continuation], name: str) -> dict[_Row, list[Continuation]]:
         """What is to be computed, and which continuations it answers."""
         by_row: dict[_Row, list[Continuation]] = {}
         cut = 0
@@ -161,8 +161,8 @@ class Scorer:
         if cut and not self._told_cut:
             self._told_cut = True
             print(
-                f"{cut:,} of {len(asked):,} rows are longer than {self.longest} tokens and lose their beginning "
-                "(HarnessConfig.max_tokens)",
+                f"{name or 'model'}: {cut:,} of {len(asked):,} rows are longer than {self.longest} tokens and lose their "
+                "beginning (HarnessConfig.max_tokens)",
                 file=sys.stderr,
             )
         return by_row
