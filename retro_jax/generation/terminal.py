@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import unicodedata
 from collections import deque
 from collections.abc import Sequence
 from typing import TextIO
@@ -72,6 +73,8 @@ class Terminal:
                 self._print("nothing\n\n", "dim")
 
     def _print(self, text: str, style: str) -> None:
-        self._console.print(Text(text, style=style), end="", soft_wrap=True)
+        # What a model writes may hold escape sequences, which a terminal would obey.
+        plain = "".join(c if c in "\n\t" or unicodedata.category(c) != "Cc" else "\ufffd" for c in text)
+        self._console.print(Text(plain, style=style), end="", soft_wrap=True)
         file: TextIO = self._console.file  # type: ignore[assignment]
         file.flush()

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors.numpy import save_file
 
+from benchmarks.stories260k import STORIES, write_model
 from retro_jax.cli import main
 from retro_jax.data.batch import Batch
 from retro_jax.interop.checkpoints import open_checkpoint
@@ -22,55 +22,13 @@ from retro_jax.interop.verify import logits, transformers_logits
 from retro_jax.training.checkpoint import load_model
 from tests.training.tiny import run, tiny_config
 
-STORIES = Path(__file__).resolve().parents[3] / "shared" / "data" / "model_stories260k"
 needs_stories = pytest.mark.skipif(not STORIES.exists(), reason="needs the trained model in ../shared/data, which is not there")
-
-
-def in_halves(matrix_OI: np.ndarray, heads: int) -> np.ndarray:
-    """Rows whose rotary pairs lie side by side, as rows whose pairs lie in two halves."""
-    out, width = matrix_OI.shape
-    return matrix_OI.reshape(heads, out // heads // 2, 2, width).swapaxes(1, 2).reshape(out, width)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model as a folder of Hugging Face."""
-    about = json.loads((STORIES / "stories260K.json").read_text())["config"]
-    with np.load(STORIES / "stories260K.npz") as file:
-        given = {name: file[name] for name in file.files}
-    heads, kv_heads, layers = about["n_heads"], about["n_kv_heads"], about["n_layers"]
-    tensors = {"model.embed_tokens.weight": given["tok_embeddings"], "model.norm.weight": given["norm"]}
-    for layer in range(layers):
-        at = f"model.layers.{layer}."
-        tensors |= {
-            at + "input_layernorm.weight": given["attention_norm"][layer],
-            at + "post_attention_layernorm.weight": given["ffn_norm"][layer],
-            at + "self_attn.q_proj.weight": in_halves(given["wq"][layer], heads),
-            at + "self_attn.k_proj.weight": in_halves(given["wk"][layer], kv_heads),
-            at + "self_attn.v_proj.weight": given["wv"][layer],
-            at + "self_attn.o_proj.weight": given["wo"][layer],
-            at + "mlp.gate_proj.weight": given["w1"][layer],
-            at + "mlp.down_proj.weight": given["w2"][layer],
-            at + "mlp.up_proj.weight": given["w3"][layer],
-        }
-    path = tmp_path_factory.mktemp("stories")
-    save_file({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()}, path / "model.safetensors")
-    config = {
-        "model_type": "llama",
-        "hidden_size": about["dim"],
-        "intermediate_size": about["hidden_dim"],
-        "num_hidden_layers": layers,
-        "num_attention_heads": heads,
-        "num_key_value_heads": kv_heads,
-        "vocab_size": about["vocab_size"],
-        "max_position_embeddings": about["max_seq_len"],
-        "rms_norm_eps": about["norm_eps"],
-        "rope_theta": about["rope_theta"],
-        "hidden_act": "silu",
-        "tie_word_embeddings": True,
-    }
-    (path / "config.json").write_text(json.dumps(config))
-    return path
+    return write_model(tmp_path_factory.mktemp("stories"))
 
 
 def row(tokens_T: np.ndarray) -> Batch:
