@@ -55,7 +55,9 @@ def test_seeds_decide() -> None:
     engine, _ = engine_of()
     prompts = [dataclasses.replace(prompts_of(1)[0], seed=seed) for seed in (0, 1, 0)]
     first, second, third = engine.complete(prompts)
-    assert first == third and first.tokens != second.tokens
+    assert first.tokens == third.tokens and first.tokens != second.tokens
+    # The third is completed in a group of its own; largest difference seen 1e-6.
+    np.testing.assert_allclose(first.log_probabilities, third.log_probabilities, atol=1e-5, rtol=0)
 
 
 def test_what_was_retrieved_is_told() -> None:
