@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
 from retro_jax.config import Config, GenerateConfig
@@ -12,9 +12,6 @@ from retro_jax.generation.opening import Opened, open_engine
 from retro_jax.generation.prompt import Completion, Prompt
 from retro_jax.training.loop import CHECKPOINTS
 from retro_jax.training.train import MODELS, model_configs
-
-# Prompts are asked so many groups at a time: those of like length are put together, and what is answered is written down.
-GROUPS_AT_ONCE = 4
 
 
 def open_models(
@@ -37,17 +34,11 @@ def open_models(
 
 
 def answerer(opened: Opened, config: GenerateConfig) -> Answerer:
-    """What completes prompts as ``config`` says, in their order."""
+    """What completes prompts as ``config`` says."""
 
-    def answer(prompts: Sequence[Prompt]) -> Iterator[Completion]:
-        at_once = config.batch_size * GROUPS_AT_ONCE
-        for start in range(0, len(prompts), at_once):
-            some = prompts[start : start + at_once]
-            done = {
-                number: completion
-                for number, _, completion in opened.engine.stream(some, config, range(start, start + len(some)))
-                if completion is not None
-            }
-            yield from (done[start + place] for place in range(len(some)))
+    def answer(prompts: Sequence[Prompt], done: Collection[int]) -> Iterator[tuple[int, Completion]]:
+        for number, _, completion in opened.engine.stream(prompts, config, done):
+            if completion is not None:
+                yield number, completion
 
     return answer

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +15,8 @@ from retro_jax.generation.prompt import Completion, Prompt
 from retro_jax.progress import progress_bar
 from retro_jax.sole_writer import sole_writer
 
-Answerer = Callable[[Sequence[Prompt]], Iterable[Completion]]
+# Completes those prompts whose number is not among the given ones, in any order.
+Answerer = Callable[[Sequence[Prompt], Collection[int]], Iterable[tuple[int, Completion]]]
 OUTPUTS, SETTINGS = "outputs.jsonl", "settings.json"
 WRITTEN = ("text", "tokens", "log_probabilities", "finish")
 
@@ -23,15 +24,18 @@ WRITTEN = ("text", "tokens", "log_probabilities", "finish")
 def completed(folder: Path, name: str, settings: Mapping, prompts: Sequence[Prompt], answerer: Answerer) -> list[Completion]:
     """The completion of every prompt: those that an earlier run wrote down, then the answerer's.
 
-    They stand in ``<folder>/<name>-<key>/outputs.jsonl``, a line each in the prompts' order; the key tells settings and prompts,
-    so that what was made otherwise is never taken up. Whatever ends the run, what is written stays.
+    They stand in ``<folder>/<name>-<key>/outputs.jsonl``, a line each with the prompt's number; the key tells settings and
+    prompts, so that what was made otherwise is never taken up. Whatever ends the run, what is written stays.
 
     Args:
         folder: of the task.
         name: of the questions, the model and the mode.
         settings: all that decides the completions beside the prompts.
         prompts: what is asked.
-        answerer: completes prompts in order, each independently of the others.
+        answerer: completes prompts.
+
+    Returns:
+        The completions in the prompts' order.
 
     Raises:
         UserError: another process writes the same, or the answerer's.
@@ -41,32 +45,30 @@ def completed(folder: Path, name: str, settings: Mapping, prompts: Sequence[Prom
     place.mkdir(parents=True, exist_ok=True)
     with sole_writer(place):
         write_text(place / SETTINGS, json.dumps(described, indent=2) + "\n")
-        done = _read(place / OUTPUTS)[: len(prompts)]
-        if len(done) == len(prompts):
-            return done
-        with _appended(place / OUTPUTS) as write, progress_bar(name, len(prompts), len(done)) as bar:
-            for completion in answerer(prompts[len(done) :]):
-                write(json.dumps({name: getattr(completion, name) for name in WRITTEN}, ensure_ascii=False))
-                done.append(completion)
-                bar.advance()
-    assert len(done) == len(prompts), f"{len(done)} completions of {len(prompts)} prompts"
-    return done
+        done = _read(place / OUTPUTS)
+        if len(done) < len(prompts):
+            with _appended(place / OUTPUTS) as write, progress_bar(name, len(prompts), len(done)) as bar:
+                for number, completion in answerer(prompts, frozenset(done)):
+                    fields = {name: getattr(completion, name) for name in WRITTEN}
+                    write(json.dumps({"number": number, **fields}, ensure_ascii=False))
+                    done[number] = completion
+                    bar.advance()
+    return [done[number] for number in range(len(prompts))]
 
 
-def _read(path: Path) -> list[Completion]:
-    """The completions of the whole lines; what a kill left of a last line is cut off."""
+def _read(path: Path) -> dict[int, Completion]:
+    """The completions of the whole lines, by number; what a kill left of a last line is cut off."""
+    found: dict[int, Completion] = {}
+    whole = 0
     if not path.exists():
-        return []
-    found, whole = [], 0
+        return found
     with open(path, "rb") as file:
         for line in file:
             try:
-                completion = _completion(json.loads(line)) if line.endswith(b"\n") else None
+                fields = json.loads(line) if line.endswith(b"\n") else {}
+                found[fields["number"]] = _completion(fields)
             except (ValueError, KeyError, TypeError):
-                completion = None
-            if completion is None:
                 break
-            found.append(completion)
             whole += len(line)
     os.truncate(path, whole)
     return found

@@ -69,7 +69,7 @@ def _complete(
     if arguments.show_neighbours and opened.database is not None:
         reader = AnswerReader(opened.database, opened.data_dir, opened.engine.chunks.retrieved_len)
     with progress_bar("prompts", len(prompts), len(prompts) - len(numbers), shown=silent) as bar:
-        for number, piece, completion in opened.engine.stream([prompts[n] for n in numbers], numbers=numbers):
+        for number, piece, completion in opened.engine.stream(prompts, done=set(range(len(prompts))).difference(numbers)):
             found = [] if completion is None or reader is None else _found(completion, reader)
             if terminal is not None:
                 terminal.add(number, piece, completion, found)

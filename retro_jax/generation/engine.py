@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -80,16 +80,17 @@ class Engine:
         return [done[number] for number in range(len(prompts))]
 
     def stream(
-        self, prompts: Sequence[Prompt], config: GenerateConfig | None = None, numbers: Sequence[int] | None = None
+        self, prompts: Sequence[Prompt], config: GenerateConfig | None = None, done: Collection[int] = ()
     ) -> Iterator[Event]:
         """Text as it comes: (the prompt's place, new text, its completion when that is whole, else None).
 
-        Prompts of like length are completed together, so they do not end in their order.
+        Prompts of like length are completed together, ``config.batch_size`` of them, so they do not end in their order.
 
         Args:
             prompts: any number.
             config: how; None: the engine's.
-            numbers: what to call the prompts in events and errors; None: their places.
+            done: places of prompts that need no completion. What is completed together stays so, to the last bit: prompts of
+                ``done`` are left out only where all of their group are, and have no events.
 
         Raises:
             UserError: a prompt is empty or too long, a stop string can never come, passages are missing or cannot be read, or the
@@ -97,13 +98,16 @@ class Engine:
             ValueError: ``retrieval="live"``, and there is no retriever.
         """
         config = config or self.config
-        rows = self._rows(prompts, config, range(len(prompts)) if numbers is None else numbers)
+        rows = self._rows(prompts, config)
         with ThreadPoolExecutor(1, "search") as thread:
             work = self._work(config, thread)
             run = complete if config.grid == "kept" else complete_rechunked
             rows.sort(key=lambda row: len(row.tokens))
             groups = (rows[first : first + config.batch_size] for first in range(0, len(rows), config.batch_size))
-            yield from _in_turn(((run(work, group), group) for group in groups), config.in_flight)
+            left = (group for group in groups if any(row.number not in done for row in group))
+            for event in _in_turn(((run(work, group), group) for group in left), config.in_flight):
+                if event[0] not in done:
+                    yield event
 
     def _work(self, config: GenerateConfig, thread: ThreadPoolExecutor) -> Work:
         reads = self.reads_neighbours and config.retrieval != "none"
@@ -136,16 +140,16 @@ class Engine:
 
         return lambda queries: thread.submit(find, queries)
 
-    def _rows(self, prompts: Sequence[Prompt], config: GenerateConfig, numbers: Sequence[int]) -> list[Row]:
+    def _rows(self, prompts: Sequence[Prompt], config: GenerateConfig) -> list[Row]:
         """The prompts as tokens, all of them checked."""
         check_stops(config.stop, self.tokenizer)
         if self.reads_neighbours and config.retrieval == "live" and self.retriever is None:
             raise ValueError("GenerateConfig.retrieval='live' needs a retriever; give the engine one, or use 'given' or 'none'")
-        for number, prompt in zip(numbers, prompts, strict=True):
+        for number, prompt in enumerate(prompts):
             self._check(number, prompt, config)
-        texts = self.tokenizer.encode_batch([p.text for p in prompts], [f"prompt {n}" for n in numbers])
+        texts = self.tokenizer.encode_batch([p.text for p in prompts], [f"prompt {n}" for n in range(len(prompts))])
         rows = []
-        for number, prompt, text in zip(numbers, prompts, texts, strict=True):
+        for number, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
             if not len(text):
                 raise UserError(f"prompt {number} is empty; give some text to go on from")
             bos = [] if self.tokenizer.bos_id is None else [self.tokenizer.bos_id]

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -52,12 +52,13 @@ def asker(longest: int = 1000, template: str = "papers") -> Asker:
     return Asker(template=load_template(template, None), tokenizer=Letters(), longest=longest)
 
 
-def parrot(prompts: Sequence[Prompt]) -> Iterator[Completion]:
-    """Answers with the end of the last passage that it is shown, or "nothing"."""
-    for prompt in prompts:
+def parrot(prompts: Sequence[Prompt], done: Collection[int] = ()) -> Iterator[tuple[int, Completion]]:
+    """Answers with the end of the last passage that it is shown, or "nothing"; the last prompt first."""
+    for number in sorted(set(range(len(prompts))).difference(done), reverse=True):
+        prompt = prompts[number]
         shown = prompt.passages or ([prompt.text.split(" \n ")[0]] if "source" in prompt.text else ["nothing"])
         text = shown[-1].split("source: ")[-1]
-        yield Completion(text=f"Answer: {text}", tokens=(1, 2), log_probabilities=(-0.5, -0.25), finish="stop")
+        yield number, Completion(text=f"Answer: {text}", tokens=(1, 2), log_probabilities=(-0.5, -0.25), finish="stop")
 
 
 def test_a_prompt_in_each_mode() -> None:
@@ -162,9 +163,9 @@ def test_choices_are_judged_by_accuracy(tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     config = QaConfig(questions=(str(path),), modes=("closed",))
 
-    def says_yes(prompts: Sequence[Prompt]) -> Iterator[Completion]:
+    def says_yes(prompts: Sequence[Prompt], done: Collection[int]) -> Iterator[tuple[int, Completion]]:
         for number, _ in enumerate(prompts):
-            yield Completion(text=" Yes!" if number else "Hm", tokens=(1,), log_probabilities=(0.0,), finish="stop")
+            yield number, Completion(text=" Yes!" if number else "Hm", tokens=(1,), log_probabilities=(0.0,), finish="stop")
 
     models = {"gpt": Answering(answerers={"closed": says_yes}, fingerprint="g")}
     (result,) = evaluate_qa(config, read_examinations(config, None), models, asker(), tmp_path, {})
@@ -187,15 +188,15 @@ def test_what_is_answered_stays_when_the_model_fails(tmp_path: Path) -> None:
     """Logits that are not finite after seven answers: the next run asks for the other five."""
     asked: list[int] = []
 
-    def fails(prompts: Sequence[Prompt]) -> Iterable[Completion]:
-        for number, completion in enumerate(parrot(prompts)):
-            if number == 7:
+    def fails(prompts: Sequence[Prompt], done: Collection[int]) -> Iterator[tuple[int, Completion]]:
+        for answered, answer in enumerate(parrot(prompts, done)):
+            if answered == 7:
                 raise UserError("the logits of prompt 7 are not finite")
-            yield completion
+            yield answer
 
-    def counted(prompts: Sequence[Prompt]) -> Iterable[Completion]:
-        asked.append(len(prompts))
-        return parrot(prompts)
+    def counted(prompts: Sequence[Prompt], done: Collection[int]) -> Iterator[tuple[int, Completion]]:
+        asked.append(len(prompts) - len(done))
+        return parrot(prompts, done)
 
     with pytest.raises(UserError, match="not finite"):
         evaluated(tmp_path, fails, modes=("rag",))
@@ -221,7 +222,7 @@ def test_killed_and_continued_gives_the_same_bytes(tmp_path: Path) -> None:
     """SIGKILL in the middle of a process that takes its time for each answer."""
     program = (
         "import sys, time; from pathlib import Path; from tests.evaluation.test_qa import evaluated, parrot\n"
-        "def slow(prompts):\n    for one in parrot(prompts):\n        time.sleep(0.1)\n        yield one\n"
+        "def slow(prompts, done):\n    for one in parrot(prompts, done):\n        time.sleep(0.1)\n        yield one\n"
         "evaluated(Path(sys.argv[1]), slow)"
     )
     killed, whole = tmp_path / "here", tmp_path / "there" / "here"

@@ -133,3 +133,15 @@ def test_a_live_engine_needs_a_retriever() -> None:
     engine = Engine(randomised(small(**MODEL)), Words(), CONFIG)
     with pytest.raises(ValueError, match="retrieval='live' needs a retriever"):
         engine.complete(prompts_of(1))
+
+
+def test_what_is_done_is_left_out_and_the_others_stay_as_they_are_to_the_last_bit() -> None:
+    prompts = [prompt for length in (4, 7, 3) for prompt in prompts_of(3, length)]
+    engine, found = engine_of()
+    whole = engine.complete(prompts)
+    searched = len(found.asked)
+    events = list(engine.stream(prompts, done={0, 1, 2, 6, 7}))
+    again = {number: completion for number, _, completion in events if completion is not None}
+    assert {number for number, *_ in events} == again.keys() == {3, 4, 5, 8}
+    assert all(again[number] == whole[number] for number in again)
+    assert len(found.asked) - searched < searched  # groups of which all are done are not searched for
