@@ -77,12 +77,14 @@ def main() -> None:
 
 def asked(folder: Path, seed: int, documents: int, steps: int, questions: int) -> dict[str, dict[str, float]]:
     """Train one model in ``folder`` and ask it; exact match by mode, with its interval."""
-    words_DLC, sources = planted_documents(documents, seed)
+    words_DLC = planted_documents(documents, seed)
     config = planted_config(folder, [spoken(words.reshape(-1)) for words in words_DLC], seed, steps)
-    write_questions(folder / "planted.jsonl", words_DLC, sources, questions, seed)
+    write_questions(folder / "planted.jsonl", words_DLC, questions, seed)
     (folder / "templates.toml").write_text(TEMPLATE)
     prepared = prepare(config, folder / "data", lambda _: None)
-    train_all(config, prepared, folder)
+    gpt = dataclasses.replace(config, model=dataclasses.replace(config.model, retro=None))
+    start = str(folder / "gpt" / "models" / "gpt")
+    retro = dataclasses.replace(config, training=dataclasses.replace(config.training, start_from=start))
     qa = QaConfig(
         questions=(str(folder / "planted.jsonl"),),
         template="bare",
@@ -90,9 +92,13 @@ def asked(folder: Path, seed: int, documents: int, steps: int, questions: int) -
         num_passages=2,
         max_new_tokens=ANSWER,
     )
-    examine_trained(dataclasses.replace(config, qa=qa), prepared, folder / "data", folder, Console(), "latest")
-    result = json.loads((folder / "evaluation" / "qa-planted.json").read_text())
-    return {row.removeprefix("retro "): figures["exact_match"] for row, figures in result["figures"].items()}
+    figures: dict[str, dict[str, float]] = {}
+    for config, workdir in ((gpt, folder / "gpt"), (retro, folder)):
+        train_all(config, prepared, workdir)
+        examine_trained(dataclasses.replace(config, qa=qa), prepared, folder / "data", workdir, Console(), "latest")
+        result = json.loads((workdir / "evaluation" / "qa-planted.json").read_text())
+        figures |= {row: figures["exact_match"] for row, figures in result["figures"].items()}
+    return figures
 
 
 def spoken(words: Sequence[int] | np.ndarray) -> str:
@@ -100,37 +106,34 @@ def spoken(words: Sequence[int] | np.ndarray) -> str:
     return "".join(f" w{word:03d}" for word in words)
 
 
-def planted_documents(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Words int [documents, chunks, chunk_len], and which document the first half's pair of each comes from, -1 for its own.
+def planted_documents(count: int, seed: int) -> np.ndarray:
+    """Words, int [documents, chunks, chunk_len], in pairs of chunks.
 
-    In a document chunks 0 and 1 are a pair of its own, chunks 2 and 3 one of an earlier document, or its own once more; 4 and 5
-    again, and so 6 and 7.
+    The first half of the documents lend: their first two pairs stand once more, each in one borrowing document, and nowhere else.
+    A borrowing document begins with a pair of its own, and then has that pair again and two borrowed ones, in random order. So
+    what follows a chunk is found either by retrieval, where one of two neighbours has it, or in the model's own context.
     """
     random = np.random.default_rng(seed)
     words_DLC = random.integers(0, WORDS, (count, CHUNKS, CHUNK))
-    sources_DP = np.full((count, CHUNKS // 2), -1)
-    for document in range(CHUNKS, count):
-        others = random.choice(document, CHUNKS // 2, replace=False)
-        for pair in range(1, CHUNKS // 2):
-            source = document if random.random() < 0.5 else others[pair]
-            words_DLC[document, 2 * pair : 2 * pair + 2] = words_DLC[source, :2]
-            sources_DP[document, pair] = source
-    return words_DLC, sources_DP
+    pairs_DP = words_DLC.reshape(count, CHUNKS // 2, 2, CHUNK)  # a view
+    half = count // 2
+    lent = [pairs_DP[random.permutation(half), pair] for pair in (0, 1)]
+    for number in range(half):
+        borrowing = pairs_DP[half + number]
+        borrowing[1:] = random.permutation([borrowing[0], lent[0][number], lent[1][number]])
+    return words_DLC
 
 
-def write_questions(path: Path, words_DLC: np.ndarray, sources_DP: np.ndarray, count: int, seed: int) -> None:
-    """Of documents whose own pair no other repeats: in their middle, so that the model has not seen them last."""
+def write_questions(path: Path, words_DLC: np.ndarray, count: int, seed: int) -> None:
+    """Of pairs that stand in one document alone: the last two of those that lend."""
     random = np.random.default_rng(seed + 1)
-    own_D1 = np.arange(len(words_DLC))[:, None]
-    repeated = np.unique(sources_DP[sources_DP != own_D1])
-    alone = np.setdiff1d(np.arange(len(words_DLC)), repeated)
+    alone_P = words_DLC[: len(words_DLC) // 2, 4:].reshape(-1, 2, CHUNK)
     with open(path, "w") as file:
-        for number, document in enumerate(random.choice(alone, count, replace=False).tolist()):
-            other = int(random.choice(alone))
-            passages = [spoken(words_DLC[one, :2].reshape(-1)) for one in (document, other)]
+        for number, pair in enumerate(random.choice(len(alone_P), count, replace=False).tolist()):
+            passages = [spoken(alone_P[one].reshape(-1)) for one in (pair, random.choice(len(alone_P)))]
             if random.random() < 0.5:
                 passages.reverse()
-            question, answer = spoken(words_DLC[document, 0]), spoken(words_DLC[document, 1, :ANSWER])
+            question, answer = spoken(alone_P[pair, 0]), spoken(alone_P[pair, 1, :ANSWER])
             fields = {"id": str(number), "context": question, "continuation": answer, "ctxs": passages}
             file.write(json.dumps(fields) + "\n")
 
@@ -153,6 +156,7 @@ def planted_config(folder: Path, texts: Sequence[str], seed: int, steps: int) ->
         cca_init="copy",
         conv_width=4,
         null_key=0.0,
+        neighbour_dropout=0.2,
     )
     return Config(
         corpus=CorpusConfig(sources=(str(folder / "corpus.jsonl"),), valid_fraction=0.0, test_fraction=0.0, workers=1),

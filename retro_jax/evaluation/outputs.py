@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -47,12 +48,13 @@ def completed(folder: Path, name: str, settings: Mapping, prompts: Sequence[Prom
         write_text(place / SETTINGS, json.dumps(described, indent=2) + "\n")
         done = _read(place / OUTPUTS)
         if len(done) < len(prompts):
-            with _appended(place / OUTPUTS) as write, progress_bar(name, len(prompts), len(done)) as bar:
+            known, began = len(done), time.monotonic()
+            with _appended(place / OUTPUTS) as write, progress_bar(name, len(prompts), known) as bar:
                 for number, completion in answerer(prompts, frozenset(done)):
                     fields = {name: getattr(completion, name) for name in WRITTEN}
                     write(json.dumps({"number": number, **fields}, ensure_ascii=False))
                     done[number] = completion
-                    bar.advance()
+                    bar.advance(note=f"{(len(done) - known) / (time.monotonic() - began):.1f}/s")
     return [done[number] for number in range(len(prompts))]
 
 
@@ -70,7 +72,8 @@ def _read(path: Path) -> dict[int, Completion]:
             except (ValueError, KeyError, TypeError):
                 break
             whole += len(line)
-    os.truncate(path, whole)
+    if whole < path.stat().st_size:
+        os.truncate(path, whole)
     return found
 
 

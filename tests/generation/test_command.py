@@ -17,9 +17,8 @@ import pytest
 
 from retro_jax.cli import main
 from retro_jax.gin_config import load_config
-from retro_jax.prepare import prepare, prepare_database
-from retro_jax.training.train import train_all
-from tests.test_commands import write_config
+from retro_jax.prepare import prepare_database
+from tests.tiny_run import tiny_run
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 SHORT = ("--set", "GenerateConfig.max_new_tokens=12", "--set", "GenerateConfig.batch_size=2")
@@ -28,20 +27,9 @@ CHUNK = 8
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run, trained for a step: its config tiny.gin, and its workdir run."""
+    """A run, trained for a step: its config short.gin, and its workdir run."""
     folder = tmp_path_factory.mktemp("generate")
-    settings = [
-        "TrainConfig.steps=1",
-        "TrainConfig.baselines=('gpt',)",
-        "TrainConfig.valid_every=0",
-        "ModelConfig.max_positions=64",
-    ]
-    file = write_config(folder)
-    file.write_text(file.read_text() + "\n".join(settings).replace("=", " = ").replace("TrainConfig.", "\nTrainConfig.") + "\n")
-    lines = dict(line.split(" = ", 1) for line in file.read_text().splitlines() if " = " in line)
-    file.write_text("".join(f"{name} = {value}\n" for name, value in lines.items()))
-    config = load_config([file])
-    train_all(config, prepare(config, folder / "run" / "data", lambda line: None), folder / "run")
+    tiny_run(folder)
     return folder
 
 
@@ -52,7 +40,7 @@ def texts(folder: Path) -> list[str]:
 
 
 def generate(folder: Path, *arguments: object) -> int:
-    return main(["generate", "--config", str(folder / "tiny.gin"), "--workdir", str(folder / "run"), *map(str, arguments)])
+    return main(["generate", "--config", str(folder / "short.gin"), "--workdir", str(folder / "run"), *map(str, arguments)])
 
 
 def refusal(folder: Path, capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
@@ -123,7 +111,7 @@ def test_killed_and_gone_on_with(folder: Path, texts: list[str], tmp_path: Path)
             "retro_jax",
             "generate",
             "--config",
-            str(folder / "tiny.gin"),
+            str(folder / "short.gin"),
             "--workdir",
             str(folder / "run"),
         ]
@@ -200,9 +188,9 @@ def refusal_of_file(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: 
 def test_models_and_databases_that_are_refused(folder: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert refusal(folder, capsys, "--prompt", "a", "--model", "bert").endswith("has no model 'bert'; it has gpt, retro")
     assert "no checkpoint 7 in" in refusal(folder, capsys, "--prompt", "a", "--checkpoint", "7")
-    elsewhere = ["generate", "--config", str(folder / "tiny.gin"), "--workdir", str(tmp_path / "new"), "--prompt", "a"]
+    elsewhere = ["generate", "--config", str(folder / "short.gin"), "--workdir", str(tmp_path / "new"), "--prompt", "a"]
     assert main(elsewhere) == 2 and "train the model first" in capsys.readouterr().err
-    other = load_config([folder / "tiny.gin"], ["TokenizerConfig.vocab_size=400"])
+    other = load_config([folder / "short.gin"], ["TokenizerConfig.vocab_size=400"])
     prepare_database(other, tmp_path / "other", lambda line: None)
     assert "was built with another tokenizer than the model's" in refusal(
         folder, capsys, "--prompt", "a", "--database", tmp_path / "other"
