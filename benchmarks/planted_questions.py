@@ -3,12 +3,13 @@
 
 Documents are random words on the chunk grid. A pair of chunks repeats a pair of another document, which retrieval finds, or one
 that stands earlier in the same document; so a model learns to copy what followed, from its neighbours and from its own context. A
-question is the first chunk of a pair that stands in one training document alone, its answer the first words of the second; it
-comes with the passage that has both and with another one, in random order. No model can know the answer without its passage.
+question is the first chunk of a pair that stands nowhere in training, its answer the first words of the second; it comes with the
+passage that has both and with another one, in random order.
 
-For each seed a Retro of two layers is trained and asked through the code of `python eval.py --task qa`.
+For each seed a GPT of two layers is trained, and a Retro that starts from it; both are asked through the code of
+`python eval.py --task qa`.
 
-    python -m benchmarks.planted_questions [--seeds 0 1 2] [--steps 1500]
+    python -m benchmarks.planted_questions [--seeds 0 1 2] [--gpt-steps 2000] [--steps 1000]
 """
 
 from __future__ import annotations
@@ -56,35 +57,34 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--documents", type=int, default=4000)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--gpt-steps", type=int, default=2000)
+    parser.add_argument("--steps", type=int, default=1000, help="of the Retro, after the GPT's (default: 1000)")
     parser.add_argument("--questions", type=int, default=200)
     parser.add_argument("--output", type=Path, default=RESULTS)
     given = parser.parse_args()
     seeds = {}
     for seed in given.seeds:
         with tempfile.TemporaryDirectory() as folder:
-            seeds[str(seed)] = asked(Path(folder), seed, given.documents, given.steps, given.questions)
+            seeds[str(seed)] = asked(Path(folder), seed, given)
     result = {
         "what": "exact match of planted questions by mode; every seed its own corpus, model and questions",
         "machine": cpu_name(),
-        "documents": given.documents,
-        "steps": given.steps,
-        "questions": given.questions,
+        **{name: value for name, value in vars(given).items() if name not in ("seeds", "output")},
         "seeds": seeds,
     }
     given.output.write_text(json.dumps(result, indent=2) + "\n")
 
 
-def asked(folder: Path, seed: int, documents: int, steps: int, questions: int) -> dict[str, dict[str, float]]:
-    """Train one model in ``folder`` and ask it; exact match by mode, with its interval."""
-    words_DLC = planted_documents(documents, seed)
-    config = planted_config(folder, [spoken(words.reshape(-1)) for words in words_DLC], seed, steps)
-    write_questions(folder / "planted.jsonl", words_DLC, questions, seed)
+def asked(folder: Path, seed: int, given: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Train both models in ``folder`` and ask them; exact match by model and mode, with its interval."""
+    words_DLC = planted_documents(given.documents, seed)
+    config = planted_config(folder, [spoken(words.reshape(-1)) for words in words_DLC], seed, given.gpt_steps)
+    write_questions(folder / "planted.jsonl", given.questions, seed)
     (folder / "templates.toml").write_text(TEMPLATE)
     prepared = prepare(config, folder / "data", lambda _: None)
     gpt = dataclasses.replace(config, model=dataclasses.replace(config.model, retro=None))
     start = str(folder / "gpt" / "models" / "gpt")
-    retro = dataclasses.replace(config, training=dataclasses.replace(config.training, start_from=start))
+    retro = dataclasses.replace(config, training=dataclasses.replace(config.training, steps=given.steps, start_from=start))
     qa = QaConfig(
         questions=(str(folder / "planted.jsonl"),),
         template="bare",
@@ -107,34 +107,33 @@ def spoken(words: Sequence[int] | np.ndarray) -> str:
 
 
 def planted_documents(count: int, seed: int) -> np.ndarray:
-    """Words, int [documents, chunks, chunk_len], in pairs of chunks.
+    """Words, int [documents, chunks, chunk_len], four pairs of chunks a document.
 
-    The first half of the documents lend: their first two pairs stand once more, each in one borrowing document, and nowhere else.
-    A borrowing document begins with a pair of its own, and then has that pair again and two borrowed ones, in random order. So
-    what follows a chunk is found either by retrieval, where one of two neighbours has it, or in the model's own context.
+    The first pair is the document's own. Each other is either that pair again, or one of the documents that lend theirs, a third
+    of all, which do not repeat it themselves. So a pair stands again either where retrieval finds it, or where the model's own
+    context holds it, never in both.
     """
     random = np.random.default_rng(seed)
     words_DLC = random.integers(0, WORDS, (count, CHUNKS, CHUNK))
-    pairs_DP = words_DLC.reshape(count, CHUNKS // 2, 2, CHUNK)  # a view
-    half = count // 2
-    lent = [pairs_DP[random.permutation(half), pair] for pair in (0, 1)]
-    for number in range(half):
-        borrowing = pairs_DP[half + number]
-        borrowing[1:] = random.permutation([borrowing[0], lent[0][number], lent[1][number]])
+    for document in range(count):
+        lenders = random.choice(count // 3, CHUNKS // 2, replace=False)
+        for pair in range(1, CHUNKS // 2):
+            lent = lenders[pair] if lenders[pair] != document else lenders[0]
+            source = document if document >= count // 3 and random.random() < 0.5 else lent
+            words_DLC[document, 2 * pair : 2 * pair + 2] = words_DLC[source, :2]
     return words_DLC
 
 
-def write_questions(path: Path, words_DLC: np.ndarray, count: int, seed: int) -> None:
-    """Of pairs that stand in one document alone: the last two of those that lend."""
-    random = np.random.default_rng(seed + 1)
-    alone_P = words_DLC[: len(words_DLC) // 2, 4:].reshape(-1, 2, CHUNK)
+def write_questions(path: Path, count: int, seed: int) -> None:
+    """Pairs that stand nowhere in training."""
+    random = np.random.default_rng((seed, 1))
     with open(path, "w") as file:
-        for number, pair in enumerate(random.choice(len(alone_P), count, replace=False).tolist()):
-            passages = [spoken(alone_P[one].reshape(-1)) for one in (pair, random.choice(len(alone_P)))]
+        for number in range(count):
+            pair, other = random.integers(0, WORDS, (2, 2, CHUNK))
+            passages = [spoken(pair.reshape(-1)), spoken(other.reshape(-1))]
             if random.random() < 0.5:
                 passages.reverse()
-            question, answer = spoken(alone_P[pair, 0]), spoken(alone_P[pair, 1, :ANSWER])
-            fields = {"id": str(number), "context": question, "continuation": answer, "ctxs": passages}
+            fields = {"id": str(number), "context": spoken(pair[0]), "continuation": spoken(pair[1, :ANSWER]), "ctxs": passages}
             file.write(json.dumps(fields) + "\n")
 
 
@@ -156,7 +155,6 @@ def planted_config(folder: Path, texts: Sequence[str], seed: int, steps: int) ->
         cca_init="copy",
         conv_width=4,
         null_key=0.0,
-        neighbour_dropout=0.2,
     )
     return Config(
         corpus=CorpusConfig(sources=(str(folder / "corpus.jsonl"),), valid_fraction=0.0, test_fraction=0.0, workers=1),
