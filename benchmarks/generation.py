@@ -5,11 +5,11 @@ Shape: 4 layers, width 256, 8 heads, feed-forward 1024, CCA in 2 and 4, 2 encode
 tokens, 8192 words, untied, float32, random weights; greedy. The database is of text whose words have Zipf's frequencies, searched
 by the default embedder (hashed TF-IDF, exact); prompts are pieces of such text of other seeds.
 
-- `cached` and `recomputed` complete the same prompts with one neighbour set each, a round of one after a round of the other; the
+- `cached` and `recomputed` complete the same prompt with one neighbour set, a round of one after a round of the other; the
   second is `GenerateConfig.grid = "rechunked"`, which runs the training forward pass over the whole row for every token. Before
   they are timed the tokens of both are compared.
-- `flat` is the time per token of the last quarter of what is written over that of the first quarter, the first 8 tokens left
-  out, from the moments at which text comes.
+- `flat` is the time per token of the last quarter of what is written over that of the first quarter, from the moments at which
+  text comes.
 - `live` completes several groups of prompts: `share` is the part of the wall time in which nothing could be decoded because
   neighbours were awaited, with one group at a time and with two in turn; `searching` is the search's own part of the wall time.
 
@@ -102,10 +102,11 @@ def made(config: ModelConfig) -> Retro:
 
 
 def beside_recomputed(model: Retro, tokenizer: Tokenizer, retriever: Retriever, given: argparse.Namespace) -> dict:
-    """Tokens a second of both, and how many times as fast the cached form is. Neighbours are one answer, found before."""
-    prompts = prompts_of(tokenizer, given.batch, given.prompt_tokens, seed=1)
+    """Tokens a second of both, one prompt at a time, and how many times as fast the cached form is. Neighbours are one answer,
+    found before."""
+    prompts = prompts_of(tokenizer, 1, given.prompt_tokens, seed=1)
     answer = OneAnswer(retriever.find(tokenizer.encode_batch([prompts[0].text])[0][None, :64]))
-    config = dataclasses.replace(GREEDY, max_new_tokens=given.new_tokens, batch_size=given.batch)
+    config = dataclasses.replace(GREEDY, max_new_tokens=given.new_tokens)
     engine = Engine(model, tokenizer, config, answer)
     slow = dataclasses.replace(config, grid="rechunked")
     first, second = engine.complete(prompts), engine.complete(prompts, slow)
@@ -114,7 +115,7 @@ def beside_recomputed(model: Retro, tokenizer: Tokenizer, retriever: Retriever, 
     )
     sides = {"cached": Timed(lambda: engine.complete(prompts)), "recomputed": Timed(lambda: engine.complete(prompts, slow))}
     interleave(sides, given.rounds)
-    tokens, walls = given.batch * given.new_tokens, {name: np.array(side.wall) for name, side in sides.items()}
+    tokens, walls = given.new_tokens, {name: np.array(side.wall) for name, side in sides.items()}
     return {
         "same_tokens": float(same),
         **{f"{name}_tokens_per_s": spread(tokens / wall) for name, wall in walls.items()},
@@ -123,27 +124,22 @@ def beside_recomputed(model: Retro, tokenizer: Tokenizer, retriever: Retriever, 
 
 
 def flatness(model: Retro, tokenizer: Tokenizer, retriever: Retriever, given: argparse.Namespace) -> dict:
-    """Milliseconds per new token (of all rows together) in the first and the last quarter of four times ``new_tokens``."""
+    """Milliseconds a step, one new token of every row, in the first quarter of four times ``new_tokens``, and how many times that
+    in the last."""
     new = 4 * given.new_tokens
     prompts = prompts_of(tokenizer, given.batch, given.prompt_tokens, seed=2)
     answer = OneAnswer(retriever.find(tokenizer.encode_batch([prompts[0].text])[0][None, :64]))
     engine = Engine(model, tokenizer, dataclasses.replace(GREEDY, max_new_tokens=new, batch_size=given.batch), answer)
-    ratios, firsts = [], []
-    for number in range(given.rounds + 1):
-        moments, began = [], 0.0
-        for prompt, *_ in engine.stream(prompts):
-            if prompt == 0:
-                moments.append(time.perf_counter())
-        began, ended = moments[1], moments[-1]
-        quarter = len(moments) // 4
-        first, last = moments[quarter] - began, ended - moments[-quarter]
-        if number:
-            ratios.append(last / first)
-            firsts.append(1000 * first / (new / 4))
+    quarters = []
+    for _ in range(given.rounds + 1):
+        moments = [time.perf_counter() for prompt, *_ in engine.stream(prompts) if prompt == 0]
+        quarter = (len(moments) - 1) // 4
+        quarters.append((moments[1 + quarter] - moments[1], moments[-1] - moments[-1 - quarter]))
+    firsts, lasts = np.array(quarters[1:]).T
     return {
         "new_tokens": new,
-        "first_quarter_ms_per_token": spread(np.array(firsts)),
-        "last_over_first": spread(np.array(ratios)),
+        "first_quarter_ms_a_step": spread(1000 * firsts / (new / 4)),
+        "last_over_first": spread(lasts / firsts),
     }
 
 
@@ -219,7 +215,7 @@ def report(result: dict) -> None:
         )
     for name, figures in result["flat"].items():
         print(
-            f"{name}: {figures['first_quarter_ms_per_token']['median']:.2f} ms a token at first, "
+            f"{name}: {figures['first_quarter_ms_a_step']['median']:.2f} ms a step at first, "
             f"{figures['last_over_first']['median']:.2f} times that in the last quarter of {figures['new_tokens']:,}"
         )
     for name, figures in result["live"].items():

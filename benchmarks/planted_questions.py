@@ -9,7 +9,7 @@ passage that has both and with another one, in random order.
 For each seed a GPT of two layers is trained, and a Retro that starts from it; both are asked through the code of
 `python eval.py --task qa`.
 
-    python -m benchmarks.planted_questions [--seeds 0 1 2] [--gpt-steps 2000] [--steps 1000]
+    python -m benchmarks.planted_questions [--seeds 0 1 2] [--gpt-steps 1000] [--steps 800]
 """
 
 from __future__ import annotations
@@ -56,9 +56,9 @@ def main() -> None:
     """Train and ask for each seed, print tables, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--documents", type=int, default=4000)
-    parser.add_argument("--gpt-steps", type=int, default=2000)
-    parser.add_argument("--steps", type=int, default=1000, help="of the Retro, after the GPT's (default: 1000)")
+    parser.add_argument("--documents", type=int, default=3000)
+    parser.add_argument("--gpt-steps", type=int, default=1000)
+    parser.add_argument("--steps", type=int, default=800, help="of the Retro, after the GPT's (default: 800)")
     parser.add_argument("--questions", type=int, default=200)
     parser.add_argument("--output", type=Path, default=RESULTS)
     given = parser.parse_args()
@@ -107,19 +107,14 @@ def spoken(words: Sequence[int] | np.ndarray) -> str:
 
 
 def planted_documents(count: int, seed: int) -> np.ndarray:
-    """Words, int [documents, chunks, chunk_len], four pairs of chunks a document.
-
-    The first pair is the document's own. Each other is either that pair again, or one of the documents that lend theirs, a third
-    of all, which do not repeat it themselves. So a pair stands again either where retrieval finds it, or where the model's own
-    context holds it, never in both.
-    """
+    """Words, int [documents, chunks, chunk_len], four pairs of chunks a document: the first is its own, each other that one again
+    or the first pair of another document."""
     random = np.random.default_rng(seed)
     words_DLC = random.integers(0, WORDS, (count, CHUNKS, CHUNK))
-    for document in range(count):
-        lenders = random.choice(count // 3, CHUNKS // 2, replace=False)
+    for document in range(CHUNKS, count):
+        others = random.choice(document, CHUNKS // 2, replace=False)
         for pair in range(1, CHUNKS // 2):
-            lent = lenders[pair] if lenders[pair] != document else lenders[0]
-            source = document if document >= count // 3 and random.random() < 0.5 else lent
+            source = document if random.random() < 0.5 else others[pair]
             words_DLC[document, 2 * pair : 2 * pair + 2] = words_DLC[source, :2]
     return words_DLC
 
