@@ -9,7 +9,7 @@ passage that has both and with another one, in random order.
 For each seed a GPT of two layers is trained, and a Retro that starts from it; both are asked through the code of
 `python eval.py --task qa`.
 
-    python -m benchmarks.planted_questions [--seeds 0 1 2] [--gpt-steps 1000] [--steps 800]
+    python -m benchmarks.planted_questions [--seeds 0 1 2] [--gpt-steps 1000] [--steps 2000]
 """
 
 from __future__ import annotations
@@ -18,34 +18,19 @@ import argparse
 import dataclasses
 import json
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from benchmarks.planted import CHUNK, CHUNKS, WORDS, planted_config, spoken
 from benchmarks.timing import cpu_name
-from retro_jax.config import (
-    ChunkConfig,
-    Config,
-    CorpusConfig,
-    DataConfig,
-    EncoderConfig,
-    EvalConfig,
-    ModelConfig,
-    OptimizerConfig,
-    QaConfig,
-    RetrievalConfig,
-    RetroConfig,
-    TokenizerConfig,
-    TrainConfig,
-)
+from retro_jax.config import QaConfig
 from retro_jax.evaluation.trained import examine_trained
 from retro_jax.prepare import prepare
 from retro_jax.training.train import train_all
 
-WORDS, CHUNK, CHUNKS, ANSWER = 256, 16, 8, 4
+ANSWER = 4
 TEMPLATE = (
     '[bare]\npassage = "{text}"\nseparator = ""\nquestion = "{question}"\nwith_passages = "{passages}{question}"\nstop = []\n'
 )
@@ -56,9 +41,9 @@ def main() -> None:
     """Train and ask for each seed, print tables, write JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--documents", type=int, default=3000)
+    parser.add_argument("--documents", type=int, default=4000)
     parser.add_argument("--gpt-steps", type=int, default=1000)
-    parser.add_argument("--steps", type=int, default=800, help="of the Retro, after the GPT's (default: 800)")
+    parser.add_argument("--steps", type=int, default=2000, help="of the Retro, after the GPT's (default: 2000)")
     parser.add_argument("--questions", type=int, default=200)
     parser.add_argument("--output", type=Path, default=RESULTS)
     given = parser.parse_args()
@@ -78,7 +63,8 @@ def main() -> None:
 def asked(folder: Path, seed: int, given: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Train both models in ``folder`` and ask them; exact match by model and mode, with its interval."""
     words_DLC = planted_documents(given.documents, seed)
-    config = planted_config(folder, [spoken(words.reshape(-1)) for words in words_DLC], seed, given.gpt_steps)
+    texts = [spoken(words) for words in words_DLC]
+    config = planted_config(folder, texts, given.gpt_steps, test_fraction=0.0, seed=seed)
     write_questions(folder / "planted.jsonl", given.questions, seed)
     (folder / "templates.toml").write_text(TEMPLATE)
     prepared = prepare(config, folder / "data", lambda _: None)
@@ -101,11 +87,6 @@ def asked(folder: Path, seed: int, given: argparse.Namespace) -> dict[str, dict[
     return figures
 
 
-def spoken(words: Sequence[int] | np.ndarray) -> str:
-    """Words as text, a token each."""
-    return "".join(f" w{word:03d}" for word in words)
-
-
 def planted_documents(count: int, seed: int) -> np.ndarray:
     """Words, int [documents, chunks, chunk_len], four pairs of chunks a document: the first is its own, each other that one again
     or the first pair of another document."""
@@ -125,43 +106,11 @@ def write_questions(path: Path, count: int, seed: int) -> None:
     with open(path, "w") as file:
         for number in range(count):
             pair, other = random.integers(0, WORDS, (2, 2, CHUNK))
-            passages = [spoken(pair.reshape(-1)), spoken(other.reshape(-1))]
+            passages = [spoken(pair), spoken(other)]
             if random.random() < 0.5:
                 passages.reverse()
             fields = {"id": str(number), "context": spoken(pair[0]), "continuation": spoken(pair[1, :ANSWER]), "ctxs": passages}
             file.write(json.dumps(fields) + "\n")
-
-
-def planted_config(folder: Path, texts: Sequence[str], seed: int, steps: int) -> Config:
-    """Write corpus and tokenizer, and give the config that trains on them."""
-    with open(folder / "corpus.jsonl", "w") as file:
-        file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    words = Tokenizer(models.BPE(vocab={letter: number for number, letter in enumerate(letters)}, merges=[]))
-    words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    words.add_special_tokens(["<eod>"])
-    words.add_tokens([f" w{word:03d}" for word in range(WORDS)])
-    words.save(str(folder / "words.json"))
-    chunks = ChunkConfig(chunk_len=CHUNK, num_neighbours=2, retrieved_len=2 * CHUNK)
-    retro = RetroConfig(
-        chunks=chunks,
-        encoder=EncoderConfig(num_layers=1, final_norm=True),
-        cca_layers=(2,),
-        cca_init="copy",
-        conv_width=4,
-        null_key=0.0,
-    )
-    return Config(
-        corpus=CorpusConfig(sources=(str(folder / "corpus.jsonl"),), valid_fraction=0.0, test_fraction=0.0, workers=1),
-        tokenizer=TokenizerConfig(kind="tokenizer_json", path=str(folder / "words.json"), eod="<eod>", bos=""),
-        chunks=chunks,
-        retrieval=RetrievalConfig(saved=4, workers=1),
-        data=DataConfig(seq_len=CHUNK * CHUNKS, batch_size=16, seed=seed),
-        model=ModelConfig(width=64, num_layers=2, num_heads=4, max_positions=256, retro=retro),
-        optimizer=OptimizerConfig(learning_rate=3e-3, min_learning_rate=3e-4, warmup_steps=20),
-        training=TrainConfig(steps=steps, seed=seed, valid_every=0, checkpoint_every=10_000, log_every=50),
-        evaluation=EvalConfig(window=CHUNK * CHUNKS, stride=CHUNK * CHUNKS, overlap_neighbours=4),
-    )
 
 
 if __name__ == "__main__":

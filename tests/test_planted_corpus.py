@@ -6,28 +6,14 @@ of the pair finds that passage as its neighbour, and the second stands there wor
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from retro_jax.config import (
-    ChunkConfig,
-    Config,
-    CorpusConfig,
-    DataConfig,
-    EncoderConfig,
-    EvalConfig,
-    ModelConfig,
-    OptimizerConfig,
-    RetrievalConfig,
-    RetroConfig,
-    TokenizerConfig,
-    TrainConfig,
-)
+from benchmarks.planted import CHUNK, CHUNKS, WORDS, planted_config, spoken
+from retro_jax.config import Config
 from retro_jax.corpus.split import split_of_text
 from retro_jax.data.held_out import held_out_batches, held_out_rows, shuffled_donors, target_chunks
 from retro_jax.data.reader import RowReader
@@ -36,7 +22,6 @@ from retro_jax.prepare import Prepared, prepare
 from retro_jax.training.train import train_all
 from retro_jax.training.trained import load_trained
 
-WORDS, CHUNK, CHUNKS = 256, 16, 8
 PLANTED_SHARE = 0.5
 
 
@@ -57,34 +42,7 @@ def planted_documents(count: int, seed: int) -> tuple[list[str], list[dict[int, 
                 planted[document][chunk + 1] = int(source)
                 chunk += 1
             chunk += 1
-    return ["".join(f" w{word:03d}" for word in words.reshape(-1)) for words in words_DLC], planted
-
-
-def planted_config(folder: Path, texts: list[str], steps: int, baselines: tuple[str, ...]) -> Config:
-    """Write corpus and tokenizer, and give the config that trains on them."""
-    with open(folder / "planted.jsonl", "w") as file:
-        file.writelines(json.dumps({"text": text}) + "\n" for text in texts)
-    words = Tokenizer(
-        models.BPE(vocab={letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, merges=[])
-    )
-    words.pre_tokenizer, words.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    words.add_special_tokens(["<eod>"])
-    words.add_tokens([f" w{word:03d}" for word in range(WORDS)])
-    words.save(str(folder / "words.json"))
-    chunks = ChunkConfig(chunk_len=CHUNK, num_neighbours=2, retrieved_len=2 * CHUNK)
-    encoder = EncoderConfig(num_layers=1, final_norm=True)
-    retro = RetroConfig(chunks=chunks, encoder=encoder, cca_layers=(2,), cca_init="copy", conv_width=4, null_key=0.0)
-    return Config(
-        corpus=CorpusConfig(sources=(str(folder / "planted.jsonl"),), valid_fraction=0.0, test_fraction=0.1, workers=1),
-        tokenizer=TokenizerConfig(kind="tokenizer_json", path=str(folder / "words.json"), eod="<eod>", bos=""),
-        chunks=chunks,
-        retrieval=RetrievalConfig(saved=4, workers=1),
-        data=DataConfig(seq_len=CHUNK * CHUNKS, batch_size=16),
-        model=ModelConfig(width=64, num_layers=2, num_heads=4, max_positions=256, retro=retro),
-        optimizer=OptimizerConfig(learning_rate=3e-3, min_learning_rate=3e-4, warmup_steps=20),
-        training=TrainConfig(steps=steps, baselines=baselines, valid_every=0, checkpoint_every=10_000, log_every=20),
-        evaluation=EvalConfig(window=CHUNK * CHUNKS, stride=CHUNK * CHUNKS, overlap_neighbours=4),
-    )
+    return [spoken(words) for words in words_DLC], planted
 
 
 def planted_losses(
@@ -117,7 +75,7 @@ def planted_losses(
 
 def check_planted(folder: Path, documents: int, steps: int, *, baselines: tuple[str, ...] = ()) -> None:
     texts, planted = planted_documents(documents, seed=0)
-    config = planted_config(folder, texts, steps, baselines)
+    config = planted_config(folder, texts, steps, baselines=baselines)
     prepared = prepare(config, folder / "data")
     train_all(config, prepared, folder / "work")
     trained = load_trained(config, prepared.tokenizer.vocab_size, folder / "work")

@@ -9,12 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from benchmarks.planted import CHUNK, CHUNKS, WORDS, planted_config, spoken
 from retro_jax.config import Config, GenerateConfig
 from retro_jax.generation.opening import open_engine
 from retro_jax.generation.prompt import Completion, Prompt
 from retro_jax.prepare import prepare, prepare_database
 from retro_jax.training.train import train_all
-from tests.test_planted_corpus import CHUNK, CHUNKS, WORDS, planted_config, planted_documents
+from tests.test_planted_corpus import planted_documents
 
 GREEDY = GenerateConfig(max_new_tokens=CHUNK, temperature=0.0, batch_size=16, end_of_document="never")
 
@@ -28,11 +29,10 @@ def asked(folder: Path, config: Config, prompts: list[Prompt], **how: object) ->
 def check_completions(folder: Path, documents: int, steps: int, count: int) -> None:
     """Of documents of another database than the one trained with: the first chunk is the prompt, the second is wanted."""
     texts, _ = planted_documents(documents, seed=0)
-    config = planted_config(folder, texts, steps, ("gpt",))
+    config = planted_config(folder, texts, steps, baselines=("gpt",))
     train_all(config, prepare(config, folder / "data", lambda _: None), folder / "work")
     random = np.random.default_rng(1)
-    words_DX = random.integers(0, WORDS, (count, CHUNK * CHUNKS))
-    new = ["".join(f" w{word:03d}" for word in words) for words in words_DX]
+    new = [spoken(words) for words in random.integers(0, WORDS, (count, CHUNK * CHUNKS))]
     (folder / "new.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in new))
     corpus = dataclasses.replace(config.corpus, sources=(str(folder / "new.jsonl"),), test_fraction=0.0)
     other = dataclasses.replace(config, corpus=corpus)
