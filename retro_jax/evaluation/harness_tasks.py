@@ -15,7 +15,6 @@ does not end with "Answer:" gets that on a line of its own. A field ``passages``
 from __future__ import annotations
 
 import importlib.util
-import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from retro_jax.corpus.text_files import read_json_lines
 from retro_jax.errors import UserError
 
 SPLIT = "test"
@@ -158,23 +158,17 @@ def read_documents(file: Path) -> tuple[Shape, list[dict[str, Any]]]:
     """The lines of a file, with lm_eval's prompts, and their common shape.
 
     Raises:
-        UserError: a line is not JSON, of no shape or of another than the first, or its ``gold`` names no choice.
+        UserError: the file cannot be read, or a line is not JSON, of no shape or of another than the first, or its ``gold``
+            names no choice.
     """
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise UserError(f"{file} cannot be read ({reason}); check the path") from None
     shape, documents = None, []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            fields = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{file} line {number} is not JSON ({error}); write one JSON object a line") from None
-        shape = shape or next((one for one in SHAPES if isinstance(fields, dict) and one.fields.keys() <= fields.keys()), None)
-        documents.append(_document(fields, shape, f"{file} line {number}"))
+    try:
+        for where, fields in read_json_lines(file):
+            keys = fields.keys() if isinstance(fields, dict) else set()
+            shape = shape or next((one for one in SHAPES if one.fields.keys() <= keys), None)
+            documents.append(_document(fields, shape, where))
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror or error}); check the path") from None
     if shape is None:
         raise UserError(f"{file} holds no document; give at least one line")
     return shape, documents

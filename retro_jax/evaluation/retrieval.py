@@ -24,6 +24,7 @@ from retro_jax.artefact import Artefact, build_artefact, write_text
 from retro_jax.blocks import concatenate_blocks, run_blocks
 from retro_jax.config import Config, EvalConfig
 from retro_jax.corpus.digests import digest_file
+from retro_jax.corpus.text_files import read_json_lines
 from retro_jax.errors import UserError
 from retro_jax.retrieval.database import Database
 
@@ -132,22 +133,14 @@ def print_recall(results: Sequence[Mapping], console: Console) -> None:
 def _read(path: Path, name: str) -> Questions:
     texts, gold = [], []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        lines = list(read_json_lines(path))
+    except OSError as error:
+        reason = error.strerror or error
         raise UserError(f"EvalConfig.questions={str(path)!r} cannot be read ({reason}); check the path") from None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            fields = json.loads(line)
-        except ValueError as error:
-            raise UserError(f"{path} line {number} is not JSON ({error}); write one JSON object a line") from None
+    for where, fields in lines:
         question, ids = (fields.get(name) if isinstance(fields, dict) else None for name in ("question", "gold_passage_ids"))
         if not isinstance(question, str) or not isinstance(ids, list) or not ids:
-            raise UserError(
-                f"{path} line {number} lacks a question (a text) or gold_passage_ids (a list of ids); mend it or leave it out"
-            )
+            raise UserError(f"{where} lacks a question (a text) or gold_passage_ids (a list of ids); mend it or leave it out")
         texts.append(question)
         gold.append([str(one) for one in ids])
     if len(texts) < 2:

@@ -2,50 +2,52 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from retro_jax.corpus.text_files import read_json_lines, suffix_of
 from retro_jax.errors import UserError
 from retro_jax.generation.prompt import Prompt
 
 FROM_STDIN = "-"
+JSON_LINES = (".jsonl", ".jsonl.gz", ".jsonl.zst")
 FIELDS = ("prompt", "passages", "seed")
 
 
 def read_prompts(given: str) -> list[Prompt]:
-    """The prompts of a file, or of standard input for "-". In files that end in ``.jsonl`` each line is an object with ``prompt``
+    """The prompts of a file, or of standard input for "-". In JSON lines, plain or compressed, each is an object with ``prompt``
     and perhaps ``passages`` (a list of texts) and ``seed``; in others each line is a prompt. Empty lines are left out.
 
     Raises:
         UserError: there is no such file, no prompt in it, or a line is wrong.
     """
     if given == FROM_STDIN:
-        return _read(sys.stdin, "standard input", as_json=False)
+        return _some(_from_lines(sys.stdin), "standard input")
     path = Path(given)
     if not path.is_file():
         raise UserError(f"--prompts {given} is not a file; give one, or - for standard input")
+    if suffix_of(path) in JSON_LINES:
+        return _some((_from_json(fields, where) for where, fields in read_json_lines(path)), given)
     try:
         with open(path, encoding="utf-8") as lines:
-            return _read(lines, given, as_json=path.suffix == ".jsonl")
+            return _some(_from_lines(lines), given)
     except UnicodeDecodeError:
         raise UserError(f"--prompts {given} is not UTF-8 text; convert it") from None
 
 
-def _read(lines: Iterable[str], name: str, *, as_json: bool) -> list[Prompt]:
-    numbered = ((number, line.rstrip("\n")) for number, line in enumerate(lines, 1) if line.strip())
-    prompts = [_from_json(line, f"{name} line {number}") if as_json else Prompt(text=line) for number, line in numbered]
+def _some(found: Iterable[Prompt], name: str) -> list[Prompt]:
+    prompts = list(found)
     if not prompts:
         raise UserError(f"{name} has no prompt; give one a line")
     return prompts
 
 
-def _from_json(line: str, where: str) -> Prompt:
-    try:
-        given = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{where} is not JSON ({error.msg}); give an object with the field prompt") from None
+def _from_lines(lines: Iterable[str]) -> Iterator[Prompt]:
+    return (Prompt(text=line.rstrip("\n")) for line in lines if line.strip())
+
+
+def _from_json(given: object, where: str) -> Prompt:
     if not isinstance(given, dict) or not isinstance(given.get("prompt"), str):
         raise UserError(f"{where} is not an object with a text in the field prompt")
     passages, seed = given.get("passages"), given.get("seed", 0)

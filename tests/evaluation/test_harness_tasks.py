@@ -65,8 +65,15 @@ def test_bad_documents(tmp_path: Path, rows: list[Any], message: str) -> None:
 
 def test_a_file_that_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "items.jsonl").write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match=r"items.jsonl cannot be read \(it is not UTF-8\)"):
+    with pytest.raises(UserError, match=r"items.jsonl.* UTF-8"):
         read_documents(tmp_path / "items.jsonl")
+    with pytest.raises(UserError, match=r"none.jsonl cannot be read \(No such file or directory\); check the path"):
+        read_documents(tmp_path / "none.jsonl")
+
+
+def test_a_line_may_hold_a_line_separator(tmp_path: Path) -> None:
+    (tmp_path / "items.jsonl").write_text('{"text": "one\u2028two"}\n', encoding="utf-8")
+    assert read_documents(tmp_path / "items.jsonl")[1] == [{"text": "one\u2028two"}]
 
 
 def test_no_task_and_no_package(monkeypatch: pytest.MonkeyPatch) -> None:
