@@ -23,7 +23,7 @@ from tests.model.build import randomised, small
 
 pytestmark = pytest.mark.harness
 if importlib.util.find_spec("lm_eval") is None:
-    pytest.skip("needs lm-evaluation-harness, run make test-harness", allow_module_level=True)
+    pytest.skip("lm_eval is not installed; make test-harness installs it", allow_module_level=True)
 
 from lm_eval.api.registry import get_model
 
