@@ -121,6 +121,7 @@ def beside_recomputed(model: Retro, tokenizer: Tokenizer, retriever: Retriever, 
     sides = {"cached": side("cached", config), "recomputed": side("recomputed", slow)}
     interleave(sides, given.rounds)
     same = np.mean([one == other for one, other in zip(found["cached"], found["recomputed"], strict=True)])
+    assert same > 0.99, f"only {same:.1%} of the greedy tokens of both forms are the same"
     tokens, walls = given.new_tokens, {name: np.array(side.wall) for name, side in sides.items()}
     return {
         "same_tokens": float(same),

@@ -200,14 +200,16 @@ class Scorer:
             tokens_BT[number, : len(row.tokens)], segments_BT[number, : len(row.tokens)] = row.tokens, 1
         L, K, R, first_B = 1, 0, 1, None
         if self._chunks is not None:
-            C, K, R = self._chunks.chunk_len, self._chunks.num_neighbours if looked_up else 0, self._chunks.retrieved_len
+            C, R = self._chunks.chunk_len, self._chunks.retrieved_len
+            K = max((looked_up[row][0].shape[1] for row in rows if row in looked_up), default=0)
             L = (T - 1) // C + 1
             first_B = np.array([row.first_chunk_len for row in rows] + [C] * (B - len(rows)), np.int32)
         neighbours_BLKR, mask_BLKR = np.zeros((B, L, K, R), np.int32), np.zeros((B, L, K, R), bool)
         for number, row in enumerate(rows):
             if row in looked_up:
                 here_LKR, shown_LKR = looked_up[row]
-                neighbours_BLKR[number, : len(here_LKR)], mask_BLKR[number, : len(here_LKR)] = here_LKR * shown_LKR, shown_LKR
+                L_here, K_here, _ = here_LKR.shape
+                neighbours_BLKR[number, :L_here, :K_here], mask_BLKR[number, :L_here, :K_here] = here_LKR * shown_LKR, shown_LKR
         return Batch(
             tokens=tokens_BT,
             targets=np.zeros((B, T), np.int32),
@@ -260,10 +262,12 @@ def _whole_chunks(row: _Row, chunk_len: int) -> list[np.ndarray]:
 
 
 def _given(passages: tuple[tuple[int, ...], ...] | None, chunks: ChunkConfig, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """The same texts for each of ``count`` chunks, the first K of them, cut to R tokens: int32 and bool [count, K, R]."""
-    tokens_LKR = np.zeros((count, chunks.num_neighbours, chunks.retrieved_len), np.int32)
+    """The same texts for each of ``count`` chunks, cut to R tokens, as many as there are or ``num_neighbours``: int32 and bool
+    [count, K, R]."""
+    widest = max(chunks.num_neighbours, len(passages or ()))
+    tokens_LKR = np.zeros((count, widest, chunks.retrieved_len), np.int32)
     mask_LKR = np.zeros(tokens_LKR.shape, bool)
-    for place, passage in enumerate((passages or ())[: chunks.num_neighbours]):
+    for place, passage in enumerate(passages or ()):
         kept = passage[: chunks.retrieved_len]
         tokens_LKR[:, place, : len(kept)], mask_LKR[:, place, : len(kept)] = kept, True
     return tokens_LKR, mask_LKR

@@ -93,9 +93,9 @@ class Engine:
                 ``done`` are left out only where all of their group are, and have no events.
 
         Raises:
-            UserError: a prompt is empty or too long, a stop string can never come, passages are missing or cannot be read, or the
-                model's logits are not finite; all but the last before anything is computed.
-            ValueError: ``retrieval="live"``, and there is no retriever.
+            UserError: a prompt is empty, too long or no Unicode text, a stop string can never come, passages are missing or
+                cannot be read, or the model's logits are not finite; all but the last before anything is computed.
+            ValueError: ``retrieval="live"``, and there is no retriever; or ``retrieval_step`` is above the chunks' length.
         """
         config = config or self.config
         rows = self._rows(prompts, config)
@@ -145,6 +145,11 @@ class Engine:
         check_stops(config.stop, self.tokenizer)
         if self.reads_neighbours and config.retrieval == "live" and self.retriever is None:
             raise ValueError("GenerateConfig.retrieval='live' needs a retriever; give the engine one, or use 'given' or 'none'")
+        if self.reads_neighbours and (config.retrieval_step or 1) > self.chunks.chunk_len:
+            raise ValueError(
+                f"GenerateConfig.retrieval_step={config.retrieval_step} is above chunk_len={self.chunks.chunk_len}, the tokens "
+                "that a chunk's neighbours serve; use that or less"
+            )
         for number, prompt in enumerate(prompts):
             self._check(number, prompt, config)
         texts = self.tokenizer.encode_batch([p.text for p in prompts], [f"prompt {n}" for n in range(len(prompts))])
@@ -168,6 +173,11 @@ class Engine:
         return rows
 
     def _check(self, number: int, prompt: Prompt, config: GenerateConfig) -> None:
+        for text in (prompt.text, *(prompt.passages or ())):
+            try:
+                text.encode()
+            except UnicodeEncodeError:
+                raise UserError(f"prompt {number} holds bytes that are no UTF-8 text ({text!r:.60}); convert it") from None
         if not 0 <= prompt.seed < 2**32:
             raise UserError(f"prompt {number} has seed {prompt.seed}; use one from 0 to {2**32 - 1}")
         if prompt.passages and not self.reads_neighbours and config.retrieval != "none":

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from retro_jax.config import ChunkConfig, GenerateConfig
+from retro_jax.errors import UserError
 from retro_jax.generation.decode import Arrived
 from retro_jax.generation.neighbours import Found, chunks_of
 from retro_jax.generation.rows import Row, passages_found, row_batch, take_all
@@ -90,8 +91,9 @@ def complete(work: Work, rows: Sequence[Row]) -> Progress:
     began = time.perf_counter()
     batch = row_batch([row.tokens if row else np.zeros(1, np.int32) for row in places], length, work.chunks.chunk_len, neighbours)
     state, sampled = start(work.params, batch, _seeds(places), work.sampling, slots)
-    yield from _taken(work, places, sampled, 1)
+    wrong = _take(work, places, sampled, 1)
     work.seconds.prompts += time.perf_counter() - began
+    yield from _told(wrong)
     read = 0  # new tokens that the model has read
     while any(row is not None and row.finish is None for row in places):
         state, places = _together(state, places)
@@ -104,8 +106,9 @@ def complete(work: Work, rows: Sequence[Row]) -> Progress:
             count = min(work.config.burst, until, work.config.max_new_tokens - 1 - read)
             began = time.perf_counter()
             state, sampled = go_on(work.params, state, count, work.sampling, work.config.burst)
-        yield from _taken(work, places, sampled, count)
+        wrong = _take(work, places, sampled, count)
         work.seconds.tokens += time.perf_counter() - began
+        yield from _told(wrong)
         read += count
 
 
@@ -126,8 +129,9 @@ def complete_rechunked(work: Work, rows: Sequence[Row]) -> Progress:
         )
         batch = batch._replace(first_chunk_len=((grid_B - 1) % C + 1).astype(np.int32))
         sampled = next_of_rows(work.params, batch, _seeds(rows), number, work.sampling)
-        yield from _taken(work, rows, sampled, 1)
+        wrong = _take(work, rows, sampled, 1)
         work.seconds.tokens += time.perf_counter() - began
+        yield from _told(wrong)
         if all(row.finish is not None for row in rows):
             return
 
@@ -175,9 +179,12 @@ def _look_up(work: Work, asked: Sequence[Asked], found: Found) -> Generator[Futu
         one.row.note(one.end, one.text, answer.ids_QK[query], answer.distances_QK[query])
 
 
-def _taken(work: Work, rows: Sequence[Row | None], sampled: Sampled, count: int) -> Progress:
-    """Hand out what was drawn; where a row's logits were not finite, what the others have is looked at before that is told."""
-    wrong = take_all(rows, sampled, count, most=work.config.max_new_tokens, end=work.end)
+def _take(work: Work, rows: Sequence[Row | None], sampled: Sampled, count: int) -> UserError | None:
+    return take_all(rows, sampled, count, most=work.config.max_new_tokens, end=work.end)
+
+
+def _told(wrong: UserError | None) -> Progress:
+    """Let the rows be looked at; where one's logits were not finite, what the others have is seen before that is told."""
     yield None
     if wrong is not None:
         raise wrong

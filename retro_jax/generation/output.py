@@ -55,7 +55,7 @@ class CompletionFile:
             **({} if neighbours is None else {"neighbours": neighbours}),
             "run": self._run,
         }
-        self._file.write(json.dumps(line, ensure_ascii=False).encode("utf-8", "surrogateescape") + b"\n")
+        self._file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
         self._file.flush()
         os.fsync(self._file.fileno())
 

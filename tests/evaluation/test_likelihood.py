@@ -59,11 +59,13 @@ def log_probabilities(model: Retro, one: Continuation, look_up: LookUp | None) -
     """Of every token of the vocabulary at each place of the continuation, [tokens, V]: the row alone, unpadded."""
     tokens = np.array((*one.context, *one.tokens)[:-1], np.int32)
     T, first = len(tokens), trailing_first_chunk_len(len(one.context), C)
-    ends, L = range(first, T + 1, C), T // C + 1
-    neighbours, mask = np.zeros((1, L, K, R), np.int32), np.zeros((1, L, K, R), bool)
+    L, found = T // C + 1, []
     if look_up is not None:
-        for place, end in enumerate(ends):
-            neighbours[:, place : place + 1], mask[:, place : place + 1] = look_up([tokens[max(0, end - C) : end]])
+        found = [look_up([tokens[max(0, end - C) : end]]) for end in range(first, T + 1, C)]
+    shape = (1, L, found[0][0].shape[1] if found else K, R)
+    neighbours, mask = np.zeros(shape, np.int32), np.zeros(shape, bool)
+    for place, (here_1KR, shown_1KR) in enumerate(found):
+        neighbours[:, place], mask[:, place] = here_1KR, shown_1KR
     batch = Batch(
         tokens=tokens[None],
         targets=tokens[None],
@@ -178,12 +180,13 @@ def test_a_query_holds_nothing_that_it_helps_to_predict(retro: Retro) -> None:
 
 def test_given_passages_stand_beside_every_chunk(retro: Retro) -> None:
     one = drawn(1, seed=4)[0]
-    passages = (tuple(range(30)), (1, 2, 3))
+    passages = (tuple(range(30)), (1, 2, 3), (4,))  # more than the model was trained with
 
     def look_up(chunks: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        tokens, mask = np.zeros((len(chunks), K, R), np.int32), np.zeros((len(chunks), K, R), bool)
+        tokens, mask = np.zeros((len(chunks), 3, R), np.int32), np.zeros((len(chunks), 3, R), bool)
         tokens[:, 0], mask[:, 0] = np.arange(R), True
         tokens[:, 1, :3], mask[:, 1, :3] = (1, 2, 3), True
+        tokens[:, 2, 0], mask[:, 2, 0] = 4, True
         return tokens, mask
 
     given = Continuation(one.context, one.tokens, passages)

@@ -160,6 +160,9 @@ def test_prompts_that_are_refused(folder: Path, capsys: pytest.CaptureFixture[st
     assert "passages that are not a list of texts" in from_file('{"prompt": "a", "passages": "b"}\n')
     assert "seed True, which is not an integer" in from_file('{"prompt": "a", "seed": true}\n')
     assert "has the field 'sed'; known are prompt, passages, seed" in from_file('{"prompt": "a", "sed": 1}\n')
+    assert "holds bytes that are no UTF-8 text" in refusal(
+        folder, capsys, "--prompt", b"a\xff".decode("utf-8", "surrogateescape")
+    )
     assert refusal(folder, capsys, "--prompt", "a", "--output", tmp_path) == f"--output {tmp_path} is a folder; name a file"
     (tmp_path / "other.jsonl").write_text("{}\n")
     assert "line 1 is no completion" in refusal(folder, capsys, "--prompt", "a", "--output", tmp_path / "other.jsonl")

@@ -129,6 +129,12 @@ def untied(model: object) -> object:
     return other
 
 
+def test_a_retrieval_step_above_a_chunk_is_refused() -> None:
+    engine, _ = engine_of(dataclasses.replace(CONFIG, retrieval_step=5))
+    with pytest.raises(ValueError, match="retrieval_step=5 is above chunk_len=4"):
+        engine.complete(prompts_of(1))
+
+
 def test_a_live_engine_needs_a_retriever() -> None:
     engine = Engine(randomised(small(**MODEL)), Words(), CONFIG)
     with pytest.raises(ValueError, match="retrieval='live' needs a retriever"):
