@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
-import os
 import random
 import shutil
 import signal
@@ -19,7 +17,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from retro_jax.artefact import remove_artefact
+from retro_jax.artefact import MANIFEST
 from retro_jax.prepare import STAGES, built_stages
 from retro_jax.training.checkpoint import Checkpoints
 
@@ -28,7 +26,6 @@ CORPUS_STAGES = STAGES[: STAGES.index("embedder")]
 RETRIEVAL_STAGES = STAGES[STAGES.index("embedder") :]
 POOLED = ("tokens", "embedder", "vectors", "index", "neighbours")
 KILLS = [1, pytest.param(20, marks=pytest.mark.slow)]
-MAX_MISSES = 20
 STEPS = 30
 # Of metrics: one every 2 steps, and of validation every 3 and wherever a checkpoint is saved, every 5.
 LINES = STEPS // 2 + STEPS // 3 + STEPS // 5 - STEPS // 15
@@ -69,11 +66,11 @@ EvalConfig.bootstrap_samples = 20
 
 @dataclass(frozen=True)
 class Whole:
-    """A run that was not killed: its config, its data, and how many seconds each stage's ``.partial`` folder was there."""
+    """A run that was not killed: its config, its data, and how many moments (of :mod:`tests.moments`) each stage had."""
 
     config: Path
     data: Path
-    seconds: dict[str, float]
+    moments: dict[str, int]
 
 
 @pytest.fixture(scope="module")
@@ -92,18 +89,12 @@ def whole(config: Path) -> dict[str, Whole]:
     """The unkilled runs, by embedder; both read the same corpus stages."""
     runs = {}
     for embedder in ("tfidf", "lsa"):
-        data = config.parent / f"whole-{embedder}" / "data"
+        data, counted = config.parent / f"whole-{embedder}" / "data", config.parent / f"{embedder}.json"
         for stage in CORPUS_STAGES if runs else ():
             shutil.copytree(runs["tfidf"].data / stage, data / stage)
-        process, seconds = start_prepare(config, data, embedder), {}
-        for stage in STAGES if not runs else RETRIEVAL_STAGES:
-            wait_until_building(process, data, stage)
-            began = time.perf_counter()
-            while not (data / stage / "manifest.json").exists():
-                time.sleep(0.001)
-            seconds[stage] = time.perf_counter() - began
-        assert end(process) == 0
-        runs[embedder] = Whole(config, data, seconds)
+        assert end(start_prepare(config, data, embedder, ("count", str(counted)))) == 0
+        found = json.loads(counted.read_text())
+        runs[embedder] = Whole(config, data, {stage: found.get(f"{data / stage}.partial", 0) for stage in STAGES})
     return runs
 
 
@@ -113,10 +104,14 @@ def start(config: Path, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(command, cwd=REPOSITORY, stdout=pipe, stderr=subprocess.STDOUT, text=True)
 
 
-def start_prepare(config: Path, data: Path, embedder: str, workers: int = 1) -> subprocess.Popen[str]:
+def start_prepare(
+    config: Path, data: Path, embedder: str, moments: Sequence[str] = (), workers: int = 1
+) -> subprocess.Popen[str]:
+    """The command, where ``moments`` are given in :mod:`tests.moments`, whose arguments they are."""
     settings = {"CorpusConfig.workers": workers, "RetrievalConfig.workers": workers, "RetrievalConfig.embedder": embedder}
     words = [f"--set={name}={value}" for name, value in settings.items()]
-    return start(config, "-m", "retro_jax", "prepare", "--workdir", str(data.parent), *words)
+    module = ("tests.moments", *moments) if moments else ("retro_jax",)
+    return start(config, "-m", *module, "prepare", "--workdir", str(data.parent), *words)
 
 
 def end(process: subprocess.Popen[str]) -> int:
@@ -125,15 +120,13 @@ def end(process: subprocess.Popen[str]) -> int:
     return process.returncode
 
 
-def wait_until_building(process: subprocess.Popen[str], data: Path, stage: str) -> None:
-    """Until the process has opened (and locked) the stage's ``.partial`` folder, or is too far or done."""
-    partial, descriptors, deadline = str(data / f"{stage}.partial"), Path(f"/proc/{process.pid}/fd"), time.monotonic() + 300
-    while process.poll() is None and not (data / stage).exists():
-        with contextlib.suppress(OSError):  # a descriptor closed while they were listed
-            if any(os.readlink(entry) == partial for entry in os.scandir(descriptors)):
-                return
+def wait_until_stopped(process: subprocess.Popen[str]) -> None:
+    """Until the process has stopped itself; see :mod:`tests.moments`."""
+    deadline = time.monotonic() + 300
+    while psutil.Process(process.pid).status() != psutil.STATUS_STOPPED:
+        assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline
-        time.sleep(0.0002)
+        time.sleep(0.01)
 
 
 def kill(process: subprocess.Popen[str]) -> None:
@@ -157,22 +150,16 @@ def is_running(process: psutil.Process) -> bool:
 
 
 def kill_while_building(stage: str, whole: Whole, data: Path, embedder: str, workers: int, moments: random.Random) -> None:
-    """Kill one run while it builds this stage; where the kill came too late, the stage is removed and built again."""
-    start_up = 3.0 if workers > 1 else 0.0  # of the worker processes
-    reach = whole.seconds[stage] + start_up
-    for _ in range(MAX_MISSES):
-        process = start_prepare(whole.config, data, embedder, workers)
-        wait_until_building(process, data, stage)
-        time.sleep(moments.uniform(0, reach))
-        kill(process)
-        states = built_stages(data)
-        if states[stage] == "unfinished":
-            return
-        assert states[stage] == "built", states
-        reach /= 2
-        for late in STAGES[STAGES.index(stage) :]:
-            remove_artefact(data / late)
-    raise AssertionError(f"in {MAX_MISSES} runs no kill came while {stage} was built")
+    """Kill one run while it builds this stage."""
+    partial = data / f"{stage}.partial"
+    nothing_left = (partial / MANIFEST).exists()
+    moment, seconds = moments.randint(1, whole.moments[stage]), moments.uniform(0, 2.0 if workers > 1 else 0.02)
+    process = start_prepare(whole.config, data, embedder, ("stop", str(partial), str(moment), str(seconds)), workers)
+    wait_until_stopped(process)
+    kill(process)
+    assert built_stages(data)[stage] == "unfinished"
+    if nothing_left:  # later kills shall find something to do
+        shutil.rmtree(partial)
 
 
 def contents(data: Path, stages: Sequence[str] = STAGES) -> dict[str, str]:
