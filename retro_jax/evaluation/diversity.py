@@ -30,12 +30,13 @@ def self_bleu(texts: Sequence[Sequence[int]], *, sampled: int, longest: int = 4,
     return np.array([_bleu(texts[number], number, tables, lengths) for number in taken])
 
 
-def zipf_coefficient(texts: Sequence[Sequence[int]], *, ranks: int = 5000) -> float:
-    """Minus the slope of the least-squares line of log frequency on log rank, over the ``ranks`` most frequent tokens."""
+def zipf_coefficient(texts: Sequence[Sequence[int]], *, ranks: int = 5000) -> float | None:
+    """Minus the slope of the least-squares line of log frequency on log rank, over the ``ranks`` most frequent tokens; None where
+    there are fewer than two different ones."""
     counts = collections.Counter(token for text in texts for token in text)
     frequencies = np.array([count for _, count in counts.most_common(ranks)], np.float64)
     if len(frequencies) < 2:
-        return float("nan")
+        return None
     slope, _ = np.polyfit(np.log(np.arange(1, len(frequencies) + 1)), np.log(frequencies), 1)
     return float(-slope)
 

@@ -89,7 +89,7 @@ def print_quality(result: Mapping, console: Console) -> None:
     console.print(table)
 
 
-def _figures(config: TextQualityConfig, texts: Sequence[Sequence[int]]) -> dict[str, dict[str, float]]:
+def _figures(config: TextQualityConfig, texts: Sequence[Sequence[int]]) -> dict[str, Mapping[str, float | None]]:
     bleu = self_bleu(texts, sampled=config.self_bleu_texts, longest=config.self_bleu_longest, seed=config.seed)
     of_texts = {
         "repetition": np.array([ends_in_repetition(text) for text in texts], float),
@@ -104,7 +104,9 @@ def _figures(config: TextQualityConfig, texts: Sequence[Sequence[int]]) -> dict[
     }
 
 
-def _cell(name: str, figure: Mapping[str, float]) -> str:
+def _cell(name: str, figure: Mapping) -> str:
+    if figure["value"] is None:
+        return "none"
     scale, digits = {"repetition": (100, 2), "degeneration": (100, 2), "length": (1, 1)}.get(name, (1, 3))
     value = f"{scale * figure['value']:.{digits}f}"
     return f"{value}\n{scale * figure['low']:.{digits}f} to {scale * figure['high']:.{digits}f}" if "low" in figure else value
