@@ -14,6 +14,7 @@ by the default embedder (hashed TF-IDF, exact); prompts are pieces of such text 
   neighbours were awaited, with one group at a time and with two in turn; `searching` is the search's own part of the wall time.
 
     python -m benchmarks.generation [--chunks 100000] [--rounds 3] [--folder FOLDER]
+    python -m benchmarks.generation --parts cached --cached-batch 8 --rounds 1 --output generation_batch8.json
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -45,6 +47,8 @@ from retro_jax.prepare import prepare_database
 
 WORDS, DOCUMENT = 30_000, 800
 RESULTS = Path(__file__).parent / "results" / "generation.json"
+PARTS = ("cached", "flat", "live")
+MODELS = {"gpt": GPT, "retro": RETRO}
 GREEDY = GenerateConfig(temperature=0.0, end_of_document="never", burst=16)
 
 
@@ -65,7 +69,9 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=100_000, help="of the database (default: 100,000)")
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--prompt-tokens", type=int, default=128)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
+    parser.add_argument("--cached-batch", type=int, default=1, help="prompts at a time of `cached` (default: 1)")
+    parser.add_argument("--batch", type=int, default=8, help="prompts at a time of the others (default: 8)")
     parser.add_argument("--groups", type=int, default=4, help="groups of prompts with live retrieval (default: 4)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="keeps the database for another time")
@@ -80,20 +86,20 @@ def main() -> None:
         retriever = DatabaseRetriever(database, tokenizer, CHUNKS)
         result = {
             "what": "generation: cached decoding beside full recomputation, flatness, live retrieval's share of the time",
-            "command": f"python -m benchmarks.generation --chunks {given.chunks} --rounds {given.rounds}",
+            "command": " ".join(["python -m benchmarks.generation", *sys.argv[1:]]),
             "machine": {"cores": len(os.sched_getaffinity(0)), "processor": cpu_name(), "device": jax.devices()[0].device_kind},
             "versions": {"python": platform.python_version(), **{n: importlib.metadata.version(n) for n in ("jax", "flax")}},
-            "shape": {name: value for name, value in vars(given).items() if name not in ("folder", "output")},
+            "shape": {name: value for name, value in vars(given).items() if name not in ("folder", "output", "parts")},
             "database_chunks": int(database.table.num_chunks),
-            "cached": {name: beside_recomputed(made(model), tokenizer, retriever, given) for name, model in MODELS.items()},
-            "flat": {name: flatness(made(model), tokenizer, retriever, given) for name, model in MODELS.items()},
-            "live": live(made(RETRO), tokenizer, retriever, given),
         }
+        if "cached" in given.parts:
+            result["cached"] = {name: beside_recomputed(made(of), tokenizer, retriever, given) for name, of in MODELS.items()}
+        if "flat" in given.parts:
+            result["flat"] = {name: flatness(made(of), tokenizer, retriever, given) for name, of in MODELS.items()}
+        if "live" in given.parts:
+            result["live"] = live(made(RETRO), tokenizer, retriever, given)
     given.output.write_text(json.dumps(result, indent=2) + "\n")
     report(result)
-
-
-MODELS = {"gpt": GPT, "retro": RETRO}
 
 
 def made(config: ModelConfig) -> Retro:
@@ -102,27 +108,25 @@ def made(config: ModelConfig) -> Retro:
 
 
 def beside_recomputed(model: Retro, tokenizer: Tokenizer, retriever: Retriever, given: argparse.Namespace) -> dict:
-    """Tokens a second of both, one prompt at a time, and how many times as fast the cached form is. Neighbours are one answer,
-    found before."""
-    prompts = prompts_of(tokenizer, 1, given.prompt_tokens, seed=1)
+    """Tokens a second of both, and how many times as fast the cached form is. Neighbours are one answer, found before."""
+    prompts = prompts_of(tokenizer, given.cached_batch, given.prompt_tokens, seed=1)
     answer = OneAnswer(retriever.find(tokenizer.encode_batch([prompts[0].text])[0][None, :64]))
-    config = dataclasses.replace(GREEDY, max_new_tokens=given.new_tokens)
+    config = dataclasses.replace(GREEDY, max_new_tokens=given.new_tokens, batch_size=given.cached_batch)
     engine = Engine(model, tokenizer, config, answer)
     slow = dataclasses.replace(config, grid="rechunked")
-    found: dict[str, tuple[int, ...]] = {}
+    found: dict[str, np.ndarray] = {}
 
     def side(name: str, mode: GenerateConfig) -> Timed:
         def call() -> None:
-            (completion,) = engine.complete(prompts, mode)
-            found[name] = completion.tokens
+            found[name] = np.array([completion.tokens for completion in engine.complete(prompts, mode)])
 
         return Timed(call)
 
     sides = {"cached": side("cached", config), "recomputed": side("recomputed", slow)}
     interleave(sides, given.rounds)
-    same = np.mean([one == other for one, other in zip(found["cached"], found["recomputed"], strict=True)])
+    same = np.mean(found["cached"] == found["recomputed"])
     assert same > 0.99, f"only {same:.1%} of the greedy tokens of both forms are the same"
-    tokens, walls = given.new_tokens, {name: np.array(side.wall) for name, side in sides.items()}
+    tokens, walls = found["cached"].size, {name: np.array(side.wall) for name, side in sides.items()}
     return {
         "same_tokens": float(same),
         **{f"{name}_tokens_per_s": spread(tokens / wall) for name, wall in walls.items()},
@@ -214,18 +218,18 @@ def prompts_of(tokenizer: Tokenizer, count: int, tokens: int, seed: int) -> list
 
 def report(result: dict) -> None:
     """The medians."""
-    for name, figures in result["cached"].items():
+    for name, figures in result.get("cached", {}).items():
         print(
             f"{name}: {figures['cached_tokens_per_s']['median']:,.0f} tokens/s with a cache, "
             f"{figures['times_as_fast']['median']:.1f} times the {figures['recomputed_tokens_per_s']['median']:,.0f} of a full "
             f"forward pass per token; {100 * figures['same_tokens']:.1f}% of the tokens are the same"
         )
-    for name, figures in result["flat"].items():
+    for name, figures in result.get("flat", {}).items():
         print(
             f"{name}: {figures['first_quarter_ms_a_step']['median']:.2f} ms a step at first, "
             f"{figures['last_over_first']['median']:.2f} times that in the last quarter of {figures['new_tokens']:,}"
         )
-    for name, figures in result["live"].items():
+    for name, figures in result.get("live", {}).items():
         speed, searching, share = (figures[part]["median"] for part in ("tokens_per_s", "searching", "share"))
         print(f"live, {name}: {speed:,.0f} tokens/s; searching {searching:.1%} of the time, waiting for it {share:.1%}")
 
