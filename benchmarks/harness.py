@@ -40,7 +40,7 @@ from retro_jax.interop.slots import form_of, slots, stacked
 from retro_jax.model import Retro
 
 TASKS = ("mc_arc_easy", "mc_piqa", "mc_winogrande", "mc_copa", "lm_lambada_openai")
-ROW = 512
+ROW = 1024
 RESULTS = Path(__file__).parent / "results" / "harness.json"
 
 
